@@ -1,0 +1,8 @@
+"""The ``predict`` command as a script: see ``--help``."""
+
+import sys
+
+from oat_dist.commands.predict import main
+
+if __name__ == "__main__":
+    sys.exit(main())

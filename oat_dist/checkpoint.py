@@ -1,0 +1,305 @@
+"""Checkpoints that are either absent or complete, in safetensors and JSON only.
+
+``checkpoints/step-<n>/`` holds
+    model.safetensors         the network's state dict, nothing else
+    model.json                what it is: architecture, classes, preprocessing, anchor settings
+    anchor.safetensors        the stored anchor, once there is one
+    optimizer.safetensors     ``<state>/<parameter>``, e.g. ``momentum_buffer/features.0.weight``
+    state.json                step, phase, best so far, configuration, data digest
+    rank-<r>.safetensors      random number generators and running sums of rank r
+    manifest.json             size and SHA-256 of every other file; written last
+
+A save happens in a hidden folder, which is renamed when everything in it is on disk. After each stage the ranks agree
+on success by an all-reduce, so that a full disk on one of them stops all of them instead of hanging the others. A
+token of the newest attempt fences off a process of an older one that is still alive. The previous checkpoints are
+pruned only afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from oat_dist.distributed import World
+from oat_dist.errors import CheckpointError
+from oat_dist.files import fsync_folder, sha256_file, write_atomic
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "find_checkpoint",
+    "load_optimizer",
+    "optimizer_tensors",
+    "rng_tensors",
+    "set_rng",
+]
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder whose checksums have been verified."""
+
+    folder: Path
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name.removeprefix("step-"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be loaded ({error})") from error
+
+    def json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None: every file of its manifest is there with its checksum."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return f"{folder / _MANIFEST} is missing or damaged"
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["size"] or sha256_file(path) != expected["sha256"]:
+            return f"{path} is damaged (checksum differs)"
+    return None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint a user means by `path`: a checkpoint folder, or a run folder (its newest valid one).
+
+    Raises:
+        CheckpointError: there is none, or the one named is damaged.
+    """
+    if path.name.startswith("step-"):
+        problem = verify(path) if path.is_dir() else "no such folder"
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
+        return Checkpoint(path)
+    newest, damaged = _newest(path / "checkpoints")
+    if newest is None:
+        why = f"; {damaged[0]}" if damaged else ""
+        raise CheckpointError(f"{path}: no valid checkpoint in this run folder{why}")
+    return newest
+
+
+def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint below `root`, and what was wrong with the newer ones."""
+    problems: list[str] = []
+    folders = [folder for folder in root.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+    for folder in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")), reverse=True):
+        problem = verify(folder)
+        if problem is None:
+            return Checkpoint(folder), problems
+        problems.append(problem)
+    return None, problems
+
+
+class CheckpointStore:
+    """The checkpoints of one run, as the processes of one attempt see them.
+
+    Args:
+        root: the run's ``checkpoints`` folder, on a file system that all ranks share.
+        world: the processes.
+        keep: newest checkpoints to keep; the best one is kept besides.
+    """
+
+    def __init__(self, root: Path, world: World, keep: int) -> None:
+        self.root = root
+        self.world = world
+        self.keep = keep
+        self.token: str = world.gather_objects(uuid.uuid4().hex)[0]
+        if world.is_main:
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob(".tmp-*"):
+                shutil.rmtree(leftover)
+            write_atomic(root / "attempt", self.token + "\n")
+        seen = world.all_agree(True) and (root / "attempt").is_file()
+        if not world.all_agree(seen):
+            raise CheckpointError(f"{root}: not visible to every rank; output_dir must lie on a shared file system")
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest valid checkpoint, the same on all ranks, and the damaged ones that were passed over."""
+        found = _newest(self.root) if self.world.is_main else (None, [])
+        return self.world.gather_objects(found)[0]
+
+    def save(
+        self,
+        step: int,
+        shared: Mapping[str, Mapping[str, Tensor] | str],
+        own: Mapping[str, Tensor],
+        best: bool,
+    ) -> Path:
+        """Save one checkpoint; every rank calls it at the same step.
+
+        Args:
+            step: optimizer steps done.
+            shared: file name to tensors or text; rank 0's are written.
+            own: this rank's tensors.
+            best: whether ``checkpoints/best`` shall name it.
+
+        Raises:
+            CheckpointError: on every rank, when one of them could not write, or a newer attempt has taken over.
+        """
+        final = self.root / f"step-{step}"
+        folder = self.root / f".tmp-{self.token}"
+        self._stage(self._make_folder, folder)
+        digests = self.world.gather_objects(self._stage(self._write, folder, shared, own))
+        self._stage(self._publish, folder, final, {k: v for part in digests for k, v in part.items()}, best)
+        return final
+
+    def mark_best(self, step: int) -> None:
+        """Let ``checkpoints/best`` name an existing checkpoint."""
+        if self.world.is_main:
+            write_atomic(self.root / "best", f"step-{step}\n")
+
+    def best(self) -> str | None:
+        return _named(self.root / "best")
+
+    def _stage(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Run one stage of a save on every rank; raise on all of them when it fails on one."""
+        try:
+            return self.world.together(_named_errors, self.root, action, *arguments)
+        except CheckpointError:
+            if self.world.is_main:
+                shutil.rmtree(self.root / f".tmp-{self.token}", ignore_errors=True)
+            raise
+
+    def _make_folder(self, folder: Path) -> None:
+        if self.world.is_main:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+
+    def _write(
+        self, folder: Path, shared: Mapping[str, Mapping[str, Tensor] | str], own: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Any]]:
+        files: dict[str, Mapping[str, Tensor] | str] = {f"rank-{self.world.rank:05d}.safetensors": own}
+        if self.world.is_main:
+            files.update(shared)
+        written = {}
+        for name, content in files.items():
+            path = folder / name
+            if isinstance(content, str):
+                path.write_text(content)
+            else:
+                save_file({key: value.contiguous() for key, value in content.items()}, path)
+            _fsync(path)
+            written[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        return written
+
+    def _publish(self, folder: Path, final: Path, files: dict[str, dict[str, Any]], best: bool) -> None:
+        if not self.world.is_main:
+            return
+        text = json.dumps({"attempt": self.token, "world_size": self.world.size, "files": files}, indent=1)
+        (folder / _MANIFEST).write_text(text + "\n")
+        _fsync(folder / _MANIFEST)
+        fsync_folder(folder)
+        if _named(self.root / "attempt") != self.token:
+            raise CheckpointError(f"{self.root}: a newer start of this run has taken over; this process must stop")
+        if final.exists():  # left by an attempt that got further, whose checkpoint was found damaged
+            shutil.rmtree(final)
+        folder.rename(final)
+        fsync_folder(self.root)
+        write_atomic(self.root / "latest", final.name + "\n")
+        if best:
+            write_atomic(self.root / "best", final.name + "\n")
+        self._prune(final)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove what is neither among the newest `keep` nor the best. `newest` has just been written and verified."""
+        steps = sorted((int(folder.name.removeprefix("step-")) for folder in self.root.glob("step-*")), reverse=True)
+        current = int(newest.name.removeprefix("step-"))
+        # Anything beyond the current step belongs to a future that was abandoned (damaged): not worth a place.
+        kept = {f"step-{step}" for step in [s for s in steps if s <= current][: self.keep]} | {self.best()}
+        for step in steps:
+            if f"step-{step}" not in kept:
+                shutil.rmtree(self.root / f"step-{step}")
+
+
+def _named_errors(root: Path, action: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return action(*arguments)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{root}: the checkpoint could not be saved: {error}; older ones are kept") from error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _named(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Optimizer state by parameter name: ``{"momentum_buffer/<parameter>": tensor}``, independent of any grouping."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The reverse of `optimizer_tensors`, onto the parameters' device (step counters stay on the CPU).
+
+    Raises:
+        CheckpointError: state of a parameter that the network does not have.
+    """
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in parameters:
+            raise CheckpointError(f"the checkpoint has optimizer state for {name!r}, which the network lacks")
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """State of this rank's random number generators."""
+    tensors = {"cpu_rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def set_rng(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["cpu_rng"])
+    if device.type == "cuda" and "cuda_rng" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda_rng"], device)

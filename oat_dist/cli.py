@@ -1,0 +1,47 @@
+"""``oat-dist``: every command behind one name; the scripts in launch/ and shards/ call the same code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from oat_dist.errors import run_command
+
+__all__ = ["main"]
+
+# Command -> module; imported on use, so that `oat-dist pack` does not wait for torch.
+_COMMANDS = {
+    "pack": ("oat_dist.commands.pack", "pack images into shards"),
+    "verify": ("oat_dist.commands.verify", "check packed shards"),
+    "train": ("oat_dist.train", "train (start it with accelerate launch for several processes)"),
+    "evaluate": ("oat_dist.commands.evaluate", "accuracy of a checkpoint under every protocol"),
+    "predict": ("oat_dist.commands.predict", "classify images"),
+    "report": ("oat_dist.commands.report", "write the report of a run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _COMMANDS:
+        name = arguments[0]
+        module = importlib.import_module(_COMMANDS[name][0])
+        parser = argparse.ArgumentParser(prog=f"oat-dist {name}")
+        module.add_arguments(parser)
+        parsed = parser.parse_args(arguments[1:])
+        return run_command(lambda: module.run(parsed))
+    parser = argparse.ArgumentParser(
+        prog="oat-dist",
+        description="Exact distributed Online Anchor-based Training of image classifiers.",
+        epilog="oat-dist COMMAND --help explains a command.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (_, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text)
+    parser.parse_args(arguments)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What a source hands to the packer, and how one pile of images is dealt to splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from oat_dist.data.packing import Sample, seeded_order
+from oat_dist.errors import DataError
+
+__all__ = ["PackPlan", "SplitRequest", "deal_to_splits", "parse_splits"]
+
+# split name -> its share of every class; None: the split as a whole
+SplitRequest = Mapping[str, Fraction | None]
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Everything a source found: the common classes, the samples by split, and remarks for the user."""
+
+    source: str
+    classes: list[str]
+    splits: dict[str, list[Sample]]
+    notes: list[str] = field(default_factory=list)
+
+
+def parse_splits(texts: Sequence[str]) -> dict[str, Fraction | None]:
+    """Read `["train=0.8", "val=0.2"]`, `["train=0.8,val=0.2"]` or `["test"]`; shares may be written 2/3.
+
+    Raises:
+        DataError: a share that is no number above 0, shares that do not add up to 1, a name given twice,
+            names with and without a share.
+    """
+    splits: dict[str, Fraction | None] = {}
+    for text in ",".join(texts).split(",") if texts else []:
+        name, equals, share = (part.strip() for part in text.partition("="))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise DataError(f"--split {text!r}: write NAME or NAME=SHARE, such as train=0.8")
+        if name in splits:
+            raise DataError(f"--split {name} is given twice; name each split once")
+        try:
+            splits[name] = Fraction(share) if equals else None
+        except (ValueError, ZeroDivisionError):
+            raise DataError(f"--split {text!r}: {share!r} is not a number; write a share such as 0.8 or 4/5") from None
+    shares = [share for share in splits.values() if share is not None]
+    if shares and len(shares) != len(splits):
+        raise DataError("--split: give every split a share (train=0.8,val=0.2), or none")
+    if shares and (min(shares) <= 0 or sum(shares) != 1):
+        raise DataError(f"--split: shares must be above 0 and add up to 1, not {float(sum(shares)):g}")
+    return splits
+
+
+def deal_to_splits(samples: Sequence[Sample], splits: SplitRequest, seed: int) -> dict[str, list[Sample]]:
+    """Deal `samples` to `splits`, class by class: the counts by largest remainder, the members by a keyed
+    hash of their names.
+
+    Raises:
+        DataError: several splits without shares, or a class too small to be in each split.
+    """
+    if len(splits) == 1:
+        return {name: list(samples) for name in splits}
+    shares: dict[str, Fraction] = {}
+    for name, share in splits.items():
+        if share is None:
+            raise DataError(f"--split: say how much each split gets, such as {name}=0.8; the input is not split yet")
+        shares[name] = share
+    by_class: dict[int | str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.name):
+        by_class.setdefault(sample.label, []).append(sample)
+    dealt: dict[str, list[Sample]] = {name: [] for name in shares}
+    for label, members in by_class.items():
+        order = seeded_order([sample.name for sample in members], seed)
+        start = 0
+        for name, count in _counts(len(members), shares).items():
+            if not count:
+                raise DataError(
+                    f"class {label!r} has only {len(members)} images, none of them for split {name!r} "
+                    f"({float(shares[name]):g}); add images or raise that share"
+                )
+            dealt[name] += [members[i] for i in order[start : start + count]]
+            start += count
+    return dealt
+
+
+def _counts(total: int, shares: Mapping[str, Fraction]) -> dict[str, int]:
+    """Whole numbers that add up to `total`, nearest to the shares (largest remainder, earlier name first)."""
+    counts = {name: int(share * total) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: shares[name] * total - counts[name], reverse=True)
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts

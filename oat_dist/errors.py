@@ -1,0 +1,84 @@
+"""Errors that a user can act on: one line saying what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LaunchError",
+    "OatError",
+    "TrainingError",
+    "run_command",
+]
+
+
+_GRACE_SECONDS = 20.0
+
+
+class OatError(ValueError):
+    """Base of all errors caused by input, settings or the environment rather than by a defect of ours.
+
+    `everywhere` says that every rank raises the same error, so that one of them printing it is enough.
+    """
+
+    everywhere = False
+
+
+class ConfigError(OatError):
+    """A setting that is unknown, impossible, or would hang or lie."""
+
+    everywhere = True
+
+
+class DataError(OatError):
+    """An image, shard, index or manifest that cannot be used."""
+
+
+class LaunchError(OatError):
+    """Processes or devices that are not the ones asked for."""
+
+
+class CheckpointError(OatError):
+    """A checkpoint that is torn, damaged, or belongs to something else."""
+
+
+class TrainingError(OatError):
+    """Training that cannot go on: a non-finite loss, memory that does not suffice."""
+
+
+def loss_not_finite(step: int, epoch: int, phase: str, folder: Path) -> TrainingError:
+    """The stop at a loss that is NaN or infinite, with the remedy. `epoch` starts at 0."""
+    remedy = "lower optim.lr or set optim.clip_norm"
+    if phase == "oat":
+        remedy += ", or bound the targets with anchor.floor or anchor.center=probabilities"
+    error = TrainingError(
+        f"the loss is not finite at step {step:,} (epoch {epoch + 1}, phase {phase}); {remedy}; "
+        f"{folder} keeps its checkpoints from before"
+    )
+    error.everywhere = True  # the reduced losses are the same on every rank
+    return error
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run `command`, turning an `OatError` into one line on stderr and exit status 2."""
+    try:
+        return command()
+    except OatError as error:
+        if error.everywhere and os.environ.get("RANK", "0") != "0":
+            # Rank 0 says it. The launcher ends us once it has; exiting first would end rank 0 before it speaks.
+            time.sleep(_GRACE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # `oat-dist ... | head`: the reader has gone, and that is its right
+        sys.stderr.close()
+        return 141

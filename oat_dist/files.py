@@ -1,0 +1,63 @@
+"""Files that are either absent or complete: atomic writes, checksums, folder locks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from oat_dist.errors import OatError
+
+__all__ = ["folder_lock", "fsync_folder", "sha256_bytes", "sha256_file", "write_atomic"]
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, refusal: str, *, name: str = ".lock") -> Iterator[None]:
+    """Hold an exclusive lock on `folder` (made if missing); the kernel frees it when the process dies.
+
+    Raises:
+        OatError: with the text `refusal` when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OatError(refusal) from None
+        yield

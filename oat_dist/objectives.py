@@ -1,0 +1,79 @@
+"""What is minimised and how its outputs become class scores: cross-entropy and OAT behind one interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from oat_dist.anchor import anchor_of, center_map, invert, segment_sum
+from oat_dist.distributed import group_size
+from oat_dist.oat_loss import OATLoss
+
+__all__ = ["OAT", "CrossEntropy", "Objective"]
+
+
+class Objective(Protocol):
+    """A training objective. `name` is the phase it gives its name to in logs."""
+
+    name: str
+
+    def loss(self, logits_BC: Tensor, labels_B: Tensor, num_samples: int | Tensor, valid_B: Tensor | None) -> Tensor:
+        """This rank's part of the mean loss over `num_samples` samples, times W; its backward is exact."""
+        ...
+
+    def anchors(self) -> Tensor | None:
+        """The anchors (G, C) of the last `loss`; None for an objective without anchors."""
+        ...
+
+
+class CrossEntropy:
+    """Softmax cross-entropy in fp32: the pre-training phase, and the baseline."""
+
+    name = "cross_entropy"
+
+    def loss(self, logits_BC: Tensor, labels_B: Tensor, num_samples: int | Tensor, valid_B: Tensor | None) -> Tensor:
+        if logits_BC.dtype != torch.float64:
+            logits_BC = logits_BC.float()
+        if valid_B is not None:
+            logits_BC = logits_BC.masked_fill(~valid_B[:, None], 0)
+            labels_B = labels_B.masked_fill(~valid_B, -100)  # ignore_index of cross_entropy
+        with torch.autocast(logits_BC.device.type, enabled=False):
+            total = torch.nn.functional.cross_entropy(logits_BC, labels_B.long(), reduction="sum")
+        return total * (group_size() / num_samples)
+
+    def anchors(self) -> Tensor | None:
+        return None
+
+
+class OAT:
+    """Online Anchor-based Training; `criterion` holds its settings."""
+
+    name = "oat"
+
+    def __init__(self, criterion: OATLoss) -> None:
+        self.criterion = criterion
+
+    def loss(self, logits_BC: Tensor, labels_B: Tensor, num_samples: int | Tensor, valid_B: Tensor | None) -> Tensor:
+        # A global anchor's one collective carries the true count already when this is the whole update;
+        # passing N keeps accumulation windows exact and costs nothing.
+        return self.criterion(logits_BC, labels_B, num_samples, valid_B)
+
+    def anchors(self) -> Tensor | None:
+        anchor = self.criterion.anchor
+        return anchor if anchor is None or anchor.ndim == 2 else anchor[None]
+
+
+def oat_scores(logits_NC: Tensor, center: str, floor: float, group: int | None = None) -> Tensor:
+    """Scores (N, C) under anchors of the tested samples themselves (paper Eq. 4).
+
+    Args:
+        logits_NC: outputs, float64 for exact repetition.
+        group: every `group` consecutive rows are one test batch (1: each sample is its own); None: all rows are.
+    """
+    size = max(len(logits_NC), 1) if group is None else group
+    count_G1 = segment_sum(torch.ones_like(logits_NC[:, :1]), size)
+    center_GC = segment_sum(center_map(logits_NC, center), size) / count_G1
+    anchor_GC = anchor_of(center_GC, center, floor)
+    return invert(logits_NC, anchor_GC.repeat_interleave(size, dim=0)[: len(logits_NC)])

@@ -1,0 +1,62 @@
+"""Optimizers, and learning rates as pure functions of the global step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Schedule", "build_optimizer"]
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("constant", "cosine", "step")
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW; norms and biases (parameters of fewer than two dimensions) are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate at any global step; all lengths in steps.
+
+    `kind` is "constant", "cosine" (from `lr` to `final_lr` over the steps after warm-up) or "step" (times `gamma`
+    every `step_length` steps). During the first `warmup` steps the rate rises linearly from lr/(warmup + 1).
+    """
+
+    kind: str
+    lr: float
+    total: int
+    warmup: int = 0
+    step_length: int = 1
+    gamma: float = 0.1
+    final_lr: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        if self.kind == "cosine":
+            progress = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
+            return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.kind == "step":
+            return self.lr * self.gamma ** (step // self.step_length)
+        return self.lr

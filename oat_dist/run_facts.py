@@ -1,0 +1,69 @@
+"""What a run says about itself: where it ran, what it trained on, what its network is."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from oat_dist.anchor import default_floor
+from oat_dist.config import Config
+from oat_dist.distributed import World
+from oat_dist.engine import Engine
+from oat_dist.parts import DataParts
+
+__all__ = ["environment", "model_card", "run_facts"]
+
+
+def environment(world: World, **facts: Any) -> dict[str, Any]:
+    """What environment.json says: command, versions, device, and the given facts."""
+    packages = {}
+    for name in ("oat_dist", "torch", "torchvision", "accelerate", "webdataset", "safetensors", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "unknown"
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        **packages,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "world_size": world.size,
+        **facts,
+    }
+
+
+def run_facts(config: Config, engine: Engine, data: DataParts, network: nn.Module) -> dict[str, Any]:
+    return {
+        "engine": config.engine.name,
+        "precision": engine.precision,
+        "threads": engine.threads,
+        "classes": data.train_set.classes,
+        "train_samples": data.train_set.num_samples,
+        "train_digest": data.train_set.digest,
+        "eval_samples": data.eval_set.num_samples if data.eval_set else 0,
+        "eval_digest": data.eval_set.digest if data.eval_set else None,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
+
+
+def model_card(config: Config, classes: list[str], objective: str) -> dict[str, Any]:
+    """All that is needed to use the network without the run's configuration (model.json of a checkpoint)."""
+    return {
+        "name": config.model.name,
+        "classes": classes,
+        "image_size": config.data.image_size,
+        "mean": list(config.data.mean),
+        "std": list(config.data.std),
+        "objective": objective,
+        "center": config.anchor.center,
+        "floor": default_floor(config.anchor.center, len(classes), config.anchor.floor),
+    }

@@ -1,0 +1,148 @@
+"""The folder of a run: its lock, resolved configuration, environment and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oat_dist.config import Config, to_yaml
+from oat_dist.distributed import World
+from oat_dist.errors import CheckpointError, OatError
+from oat_dist.files import folder_lock, write_atomic
+
+__all__ = ["RunFolder", "read_config"]
+
+# What may change when a run goes on; everything else would make it another run.
+_MAY_CHANGE = {
+    "output_dir",
+    "epochs",
+    "max_steps",
+    "resume",
+    "dry_run",
+    "data.path",  # may move; the digest must stay
+    "data.workers",
+    "data.prefetch",
+    "engine.processes",
+    "engine.threads",
+    "engine.timeout_minutes",
+    "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.keep",
+    "eval.every_epochs",
+    "eval.batch_size",
+    "log.every_steps",
+}
+
+
+class RunFolder:
+    """What rank 0 writes about a run. On the other ranks every method does nothing."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path = path
+        self.world = world
+        self.metrics_path = path / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second run, which may well be a rank that does not see the others."""
+        refusal = (
+            f"{self.path}: another process is training in this folder; wait for it or choose another output_dir. "
+            "If you started several processes for one run, they do not see each other: use accelerate launch or "
+            "torchrun with a config file of configs/accelerate/"
+        )
+        if self.world.is_main:
+            lock = folder_lock(self.path, refusal)
+            self.world.together(lock.__enter__)
+            try:
+                yield
+            finally:
+                lock.__exit__(None, None, None)
+        else:
+            self.world.together(lambda: None)
+            yield
+
+    def adopt(self, config: Config) -> None:
+        """Take the folder for `config`, or check that it already is this configuration's.
+
+        Raises:
+            CheckpointError: the folder belongs to another configuration (the differing keys are named), or holds a
+                run while ``resume=false``.
+        """
+        if not self.world.is_main:
+            return
+        path = self.path / "config.yaml"
+        if path.exists():
+            if not config.resume:
+                raise CheckpointError(f"{self.path}: holds a run, and resume=false; choose another output_dir")
+            try:
+                before = _flatten(yaml.safe_load(path.read_text()))
+            except (yaml.YAMLError, AttributeError) as error:
+                raise CheckpointError(f"{path}: damaged; restore it or choose another output_dir") from error
+            now = _flatten(dataclasses.asdict(config))
+            different = [
+                f"{key}={before.get(key)} became {now.get(key)}"
+                for key in sorted(now.keys() | before.keys())
+                if key not in _MAY_CHANGE and before.get(key) != now.get(key)
+            ]
+            if different:
+                raise CheckpointError(
+                    f"{self.path}: belongs to another configuration: {'; '.join(different)}; "
+                    "choose another output_dir, or set these back"
+                )
+        write_atomic(path, to_yaml(config))
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.world.is_main:
+            write_atomic(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def log(self, **record: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.world.is_main:
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics after `step`, which the resumed run will log again, and a torn last line."""
+        if not self.world.is_main or not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomic(self.metrics_path, "".join(kept))
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved configuration of a run folder, as nested mappings.
+
+    Raises:
+        OatError: not a run folder.
+    """
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text())
+    except FileNotFoundError:
+        raise OatError(f"{run}: not a run folder, config.yaml is missing; give the output_dir of a training") from None
+    except yaml.YAMLError as error:
+        raise OatError(f"{run / 'config.yaml'}: damaged ({error.__class__.__name__})") from error
+    return values
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

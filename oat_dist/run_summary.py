@@ -1,0 +1,68 @@
+"""What a run says before its first step and after its last one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from oat_dist.report import write_report
+
+if TYPE_CHECKING:
+    from oat_dist.trainer import Trainer
+
+__all__ = ["describe_layout", "finish_run"]
+
+
+def describe_layout(trainer: Trainer) -> str:
+    """Model, batch layout and steps, for ``dry_run=true``."""
+    config, layout = trainer.config, trainer.data.loader.layout
+    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+    full = layout.deal(min(config.batch_size, trainer.data.train_set.num_samples))
+    lines = [
+        str(trainer.network),
+        "",
+        f"model            {config.model.name}, {parameters:,} parameters, {len(trainer.classes)} classes",
+        f"data             {trainer.data.train_set.folder}: {trainer.data.train_set.num_samples:,} samples",
+        f"processes        {trainer.world.size} on {trainer.world.device.type}, precision {trainer.engine.precision}",
+        f"global batch     {config.batch_size}, in {len(full)} micro-batch(es)",
+    ]
+    for number, parts in enumerate(full):
+        shares = ", ".join(str(len(part)) for part in parts)
+        lines.append(f"  micro-batch {number}  samples by rank: {shares}")
+    short = trainer.data.train_set.num_samples % config.batch_size
+    if short:
+        fate = "dropped" if config.data.drop_last else "kept"
+        lines.append(f"last batch       {short} samples, {fate}")
+    oat_steps = max(trainer.total_steps - trainer.pretrain_steps, 0)
+    lines += [
+        f"steps            {trainer.steps_per_epoch:,} an epoch, {trainer.total_steps:,} in all: "
+        f"{trainer.total_steps - oat_steps:,} cross-entropy, then {oat_steps:,} OAT",
+        f"anchor           center {config.anchor.center}, scope {config.anchor.scope}",
+    ]
+    return "\n".join(lines)
+
+
+def finish_run(trainer: Trainer) -> None:
+    """Write the report and print what was trained and where to look."""
+    folder = trainer.folder.path
+    report = write_report(folder)
+    config = trainer.config
+    print(
+        f"\ntrained   {config.model.name}, {trainer.step:,} steps ({trainer.step / trainer.steps_per_epoch:g} epochs) "
+        f"on {trainer.world.size} process(es)"
+    )
+    evaluation = trainer.evaluation
+    if evaluation is not None:
+        print(f"accuracy  on {config.data.eval_split}, {len(evaluation.labels_N):,} samples, last step:")
+        for name, result in evaluation.protocols.items():
+            print(f"            {name:<8} {result.accuracy:.2%}")
+        best = trainer.best
+        print(
+            f"best      step {best['step']:,}: {best['accuracy']:.2%} ({best['protocol']}, selected on {best['split']})"
+        )
+    if trainer.data.builder.bad:
+        print(f"skipped   {len(trainer.data.builder.bad)} undecodable image(s) on rank 0:")
+        for sample_id, reason in list(trainer.data.builder.bad.items())[:10]:
+            print(f"            {trainer.data.train_set.describe(sample_id)}: {reason}")
+    print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}")
+    print(f"report    {report}")
+    print(f"next      python launch/evaluate.py {folder}")

@@ -1,0 +1,297 @@
+"""The spine: build, fit, train_step. Reads from top to bottom.
+
+One step: a window of micro-batches comes from the loader; each goes to the device, is normalised there and forwarded;
+the objective gives a loss that is exact over all ranks and micro-batches; gradients are exchanged in the last
+micro-batch; the optimizer steps at the learning rate of this global step. Everything scheduled (phase, learning rate,
+evaluation, saving) is a pure function of the global step, so that a resumed run cannot differ.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oat_dist.batch import Batch, Window
+from oat_dist.checkpoint import CheckpointStore
+from oat_dist.config import Config
+from oat_dist.console import Display
+from oat_dist.engine import Engine
+from oat_dist.errors import TrainingError, loss_not_finite
+from oat_dist.evaluate import Evaluation
+from oat_dist.metrics import AnchorMean, Meter
+from oat_dist.models import norms_frozen
+from oat_dist.objectives import OAT, CrossEntropy, Objective
+from oat_dist.parts import build_criterion, build_data, build_network, learning_rate, optimizer_for
+from oat_dist.run_facts import environment, model_card, run_facts
+from oat_dist.run_folder import RunFolder
+from oat_dist.training_state import TrainingState
+from oat_dist.validation import evaluate_network
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Everything one training run consists of.
+
+    Args:
+        config: the checked configuration.
+        engine: the started engine.
+
+    Raises:
+        OatError: anything about configuration and data that makes this run impossible, before the first step.
+    """
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self.config, self.engine, self.world = config, engine, engine.world
+        self.display = Display(self.world)
+        self.folder = RunFolder(Path(config.output_dir), self.world)
+
+        self.data = build_data(config, self.world)
+        self.classes = self.data.train_set.classes
+        self.steps_per_epoch = self.data.loader.steps_per_epoch
+        self.pretrain_steps = config.pretrain_epochs * self.steps_per_epoch
+        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
+        self.learning_rate = learning_rate(config, self.steps_per_epoch, self.total_steps)
+
+        self.criterion = build_criterion(config, len(self.classes))
+        self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
+        self.model = engine.prepare(build_network(config, len(self.classes), self.world))
+        self.network = engine.unwrap(self.model)
+        self.optimizer = optimizer_for(config, self.network)
+
+        self.step = 0
+        self.best: dict[str, Any] = {}
+        self.evaluation: Evaluation | None = None
+        self.evaluated_at = self.saved_at = -1
+        self.meter = Meter(self.world, config.log.every_steps)
+        self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
+        self.state = TrainingState(self.network, self.optimizer, self.anchor_mean, self.meter, self.world)
+
+    @property
+    def objective(self) -> Objective:
+        """The objective of the step about to be taken."""
+        return self.objectives[self.step >= self.pretrain_steps]
+
+    @property
+    def trained_with(self) -> Objective:
+        """The objective of the last step taken."""
+        return self.objectives[self.step > self.pretrain_steps]
+
+    def fit(self) -> None:
+        """Train to the end, from the newest checkpoint if there is one."""
+        with self.folder.locked():
+            self.world.together(self.folder.adopt, self.config)
+            self.store = self.world.together(
+                CheckpointStore, self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep
+            )
+            size = self.config.data.image_size
+            self.engine.warm_up(self.model, torch.zeros(2, 3, size, size, device=self.world.device))
+            self._start()
+            with self.display.progress(self.step, self.total_steps):
+                self._train()
+            self._finish()
+
+    def _start(self) -> None:
+        newest, damaged = self.store.newest()
+        for problem in damaged:
+            self.display.say(f"warning: passed over a checkpoint: {problem}")
+        if newest is not None:
+            facts = self.world.together(self.state.restore, newest, self.data.train_set.digest)
+            self.step, self.best = facts["step"], facts["best"]
+            self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
+        self.folder.rewind(self.step)
+        facts = run_facts(self.config, self.engine, self.data, self.network)
+        self.folder.write_json("environment.json", environment(self.world, **facts))
+        self.folder.log(event="resume" if newest else "start", step=self.step, time=time.time())
+
+    def _train(self) -> None:
+        self.saved_at, self.saved_time = self.step, time.monotonic()
+        windows = self.data.loader.windows(self.step, self.total_steps)
+        self.meter.restart()
+        while self.step < self.total_steps:
+            if self.step == self.pretrain_steps:
+                self._begin_oat()
+            started = time.perf_counter()
+            window = next(windows)
+            waited = time.perf_counter() - started
+            norm = self.train_step(window)
+            self.meter.end_step(window, waited, self.objective.anchors(), norm)
+            self.step += 1
+            self._after_step(window.epoch)
+
+    def _begin_oat(self) -> None:
+        """As the authors do with two scripts: the weights go on, the momentum starts anew."""
+        self.optimizer.state.clear()
+        if self.step:
+            self.display.say(f"step {self.step:,}: cross-entropy ends, OAT begins")
+            self.folder.log(event="phase", step=self.step, phase="oat", time=time.time())
+
+    def train_step(self, window: Window) -> Tensor | None:
+        """One optimizer step on this rank's part of a global batch; returns the gradient norm when clipping."""
+        num_samples: int | Tensor = window.num_samples
+        if self.config.data.on_bad == "skip":  # only then may fewer samples count than the plan says
+            valid = torch.tensor(window.num_valid, device=self.world.device, dtype=torch.float64)
+            num_samples = self.world.all_reduce(valid).clamp_(min=1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        last = len(window.batches) - 1
+        for number, batch in enumerate(window.batches):
+            with (
+                self.engine.micro_step(self.model, last=number == last),
+                norms_frozen(self.network, batch.empty),
+            ):
+                self._forward_backward(batch, num_samples)
+        norm = None
+        if self.config.optim.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _forward_backward(self, batch: Batch, num_samples: int | Tensor) -> None:
+        try:
+            logits_BC = self.model(self.data.normalise(batch.images_BHWC))
+            labels_B = batch.labels_B.to(self.world.device, non_blocking=True)
+            valid_B = None if batch.valid_B is None else batch.valid_B.to(self.world.device, non_blocking=True)
+            objective = self.objective
+            loss = objective.loss(logits_BC, labels_B, num_samples, valid_B)
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory with {len(batch)} samples on rank {self.world.rank}; try micro_batch_size="
+                f"{max(len(batch) // 2, 1)} at the same batch_size={self.config.batch_size}"
+            ) from error
+        self.meter.add_loss(loss)
+        anchors_GC = objective.anchors()
+        if anchors_GC is not None and not batch.empty:
+            self.anchor_mean.add(anchors_GC)
+
+    def _after_step(self, epoch: int) -> None:
+        """Log, evaluate and save when it is time; the same decisions on every rank."""
+        config = self.config
+        finished = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else None
+        ended = self.step == self.total_steps
+        due = _every(self.step, config.checkpoint.every_steps) or ended
+        if finished is not None:
+            self.anchor_mean.end_epoch(self.world)
+            due = due or _every(finished, config.checkpoint.every_epochs)
+        if self.meter.steps == config.log.every_steps or finished is not None or due:
+            self._log(epoch)
+            due = due or self._minutes_passed()
+        improved = False
+        if self.data.eval_set and (ended or (finished is not None and _every(finished, config.eval.every_epochs))):
+            started = time.perf_counter()
+            improved = self.validate()
+            self.meter.pause(time.perf_counter() - started)
+        if due or improved:
+            if self.meter.steps:  # due by the clock between two lines
+                self._log(epoch)
+            started = time.perf_counter()
+            self._save(improved)
+            self.meter.pause(time.perf_counter() - started)
+
+    def _minutes_passed(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        if minutes == 0:
+            return False
+        passed = (time.monotonic() - self.saved_time) / 60 >= minutes and self.world.is_main
+        return not self.world.all_agree(not passed)  # rank 0's clock decides for all
+
+    def _log(self, epoch: int) -> None:
+        steps = self.meter.steps
+        interval = self.meter.flush()
+        phase = self.trained_with.name
+        if interval.first_bad is not None:
+            step = self.step - steps + interval.first_bad + 1
+            raise loss_not_finite(step, epoch, phase, self.folder.path)
+        record = {"step": self.step, "epoch": epoch, "phase": phase, "lr": self.learning_rate(self.step - 1)}
+        self.folder.log(**record, **interval.values)
+        text = f"epoch {epoch + 1}/{self.config.epochs} {phase} loss {interval.values['loss']:.4g}"
+        self.display.update(self.step, text)
+        if self.step % self.steps_per_epoch == 0:
+            rate, wait = interval.values["samples_per_s"], interval.values["data_wait"]
+            self.display.say(f"{text}  {rate:,.0f} samples/s  data wait {wait:.0%}")
+
+    def validate(self) -> bool:
+        """Evaluate under every protocol; True when this is the best so far."""
+        evaluation = self.evaluate()
+        scores = None
+        if evaluation is not None:
+            epoch, phase = self.step // self.steps_per_epoch, self.trained_with.name
+            for name, result in evaluation.protocols.items():
+                self.folder.log(
+                    step=self.step,
+                    epoch=epoch,
+                    phase=phase,
+                    split=self.config.data.eval_split,
+                    protocol=name,
+                    accuracy=result.accuracy,
+                    correct=result.correct,
+                    total=result.total,
+                )
+            line = "  ".join(f"{name} {result.accuracy:.2%}" for name, result in evaluation.protocols.items())
+            self.display.say(f"epoch {epoch}/{self.config.epochs} {self.config.data.eval_split}: {line}")
+            name = "argmax" if "argmax" in evaluation.protocols else self.config.eval.protocol
+            scores = {"protocol": name, "accuracy": evaluation.protocols[name].accuracy}
+        scores = self.world.gather_objects(scores)[0]
+        self.evaluation, self.evaluated_at = evaluation, self.step
+        if scores["accuracy"] <= self.best.get("accuracy", -1.0):
+            return False
+        self.best = {"step": self.step, "split": self.config.data.eval_split, **scores}
+        return True
+
+    def evaluate(self) -> Evaluation | None:
+        """Every protocol on the evaluation split; the result on rank 0, None on the others."""
+        assert self.data.eval_set is not None
+        self.engine.sync_buffers(self.network)
+        config, anchored = self.config, self.trained_with.name == "oat"
+        return evaluate_network(
+            self.network,
+            self.data.eval_set,
+            self.data.normalise,
+            self.world,
+            image_size=config.data.image_size,
+            center=self.criterion.center if anchored else None,
+            floor=self.criterion.anchor_floor,
+            stored_anchor_C=self.anchor_mean.value(self.world),
+            batch_size=config.eval.batch_size,
+            workers=config.data.workers,
+            group_size=config.eval.group_size,
+            seed=config.eval.seed,
+        )
+
+    def _save(self, best: bool) -> None:
+        self.engine.sync_buffers(self.network)
+        shared = self.state.shared(self._facts(), model_card(self.config, self.classes, self.trained_with.name))
+        self.store.save(self.step, shared, self.state.own(), best)
+        self.saved_at, self.saved_time = self.step, time.monotonic()
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "checkpoint": f"step-{self.step}",
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "phase": self.trained_with.name,
+            "split": self.config.data.eval_split,
+            "best": self.best,
+            "train_digest": self.data.train_set.digest,
+        }
+
+    def _finish(self) -> None:
+        """Evaluate the last step if that has not happened (a finished run was started again); leave evaluation.json."""
+        if self.data.eval_set is not None:
+            if self.evaluated_at != self.step:
+                self.evaluation = self.evaluate()
+            if self.evaluation is not None:
+                self.folder.write_json("evaluation.json", {**self._facts(), **self.evaluation.summary(self.classes)})
+        self.folder.log(event="finished", step=self.step, time=time.time())
+
+
+def _every(count: int, interval: int) -> bool:
+    return interval > 0 and count % interval == 0

@@ -1,0 +1,64 @@
+"""A network over a packed split, under every protocol: shared by training and the evaluate command."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from oat_dist.data.index import ShardSet
+from oat_dist.data.loader import BatchBuilder, evaluation_batches
+from oat_dist.data.transforms import Normalise
+from oat_dist.distributed import World
+from oat_dist.evaluate import Evaluation, collect, judge
+
+__all__ = ["evaluate_network"]
+
+
+def evaluate_network(
+    network: nn.Module,
+    shards: ShardSet,
+    normalise: Normalise,
+    world: World,
+    *,
+    image_size: int,
+    center: str | None,
+    floor: float,
+    stored_anchor_C: Tensor | None,
+    batch_size: int = 256,
+    workers: int = 2,
+    group_size: int = 32,
+    seed: int = 0,
+) -> Evaluation | None:
+    """Forward a whole split once and judge it; the result on rank 0, None on the others.
+
+    Args:
+        network: on the device, in any mode (restored afterwards); the same on every rank.
+        center: of the OAT anchors; None for a network trained with cross-entropy alone.
+        batch_size: of the forward pass on each rank; changes speed only.
+
+    Undecodable samples are left out and counted in the result's total.
+    """
+    builder = BatchBuilder(shards, image_size, on_bad="skip", max_bad=shards.num_samples)
+    training = network.training
+    network.eval()
+    try:
+        outputs = collect(
+            lambda batch: network(normalise(batch.images_BHWC)),
+            evaluation_batches(builder, world.rank, world.size, batch_size, workers),
+            shards.num_samples,
+            world,
+        )
+    finally:
+        network.train(training)
+        builder.close()
+    if outputs is None:
+        return None
+    with torch.no_grad():
+        return judge(
+            outputs,
+            center=center,
+            floor=floor,
+            stored_anchor_C=stored_anchor_C,
+            group_size=group_size,
+            seed=seed,
+        )
