@@ -144,8 +144,9 @@ def anchor_gradient(statistics: Statistics, anchor_GC: Tensor, scale: Tensor | f
     A class that no sample of the set has contributes zero whatever its anchor, also where that has underflown.
     """
     count_GC = statistics.label_count_GC
-    gradient_GC = scale * (statistics.label_sum_GC - count_GC / anchor_GC) / (anchor_GC * anchor_GC)
-    return torch.where(count_GC > 0, gradient_GC, torch.zeros_like(gradient_GC))
+    inverse_GC = anchor_GC.reciprocal()
+    excess_GC = torch.addcmul(statistics.label_sum_GC, count_GC, inverse_GC, value=-1)
+    return (excess_GC * inverse_GC.square_() * scale).masked_fill_(count_GC == 0, 0)
 
 
 def center_gradient(dl_da_GC: Tensor, anchor_GC: Tensor, center: str, floor: float) -> Tensor:
@@ -153,8 +154,10 @@ def center_gradient(dl_da_GC: Tensor, anchor_GC: Tensor, center: str, floor: flo
     keep = 1 - floor * anchor_GC.shape[-1]
     if center == "prior":
         return keep * dl_da_GC
-    softmax_GC = (anchor_GC - floor) / keep
-    return keep * softmax_GC * (dl_da_GC - (softmax_GC * dl_da_GC).sum(dim=-1, keepdim=True))
+    softmax_GC = anchor_GC if floor == 0 else (anchor_GC - floor) / keep
+    weighted_GC = softmax_GC * dl_da_GC
+    gradient_GC = weighted_GC - softmax_GC * weighted_GC.sum(dim=-1, keepdim=True)
+    return gradient_GC if floor == 0 else keep * gradient_GC
 
 
 def global_loss(statistics: Statistics, anchor_GC: Tensor, num_samples: float | None = None) -> Tensor:

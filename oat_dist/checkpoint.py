@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -68,7 +69,7 @@ class Checkpoint:
         path = self.folder / name
         try:
             return json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # not JSON, or not even text
             raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
 
     def has(self, name: str) -> bool:
@@ -79,15 +80,18 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None: every file of its manifest is there with its checksum."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, not text, not JSON, not ours
         return f"{folder / _MANIFEST} is missing or damaged"
     for name, expected in files.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["size"] or sha256_file(path) != expected["sha256"]:
-            return f"{path} is damaged (checksum differs)"
+        if Path(name).name != name:
+            return f"{folder / _MANIFEST} names {name!r}, which is not a plain file name"
+        try:
+            if (path.stat().st_size, sha256_file(path)) != expected:
+                return f"{path} is damaged (checksum differs)"
+        except (OSError, ValueError) as error:  # also: a training has just pruned it; a name that none can have
+            return f"{path} cannot be read ({error})"
     return None
 
 
@@ -97,7 +101,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or the one named is damaged.
     """
-    if path.name.startswith("step-"):
+    if _step_of(path.absolute()) is not None and not (path / "checkpoints").is_dir():
         problem = verify(path) if path.is_dir() else "no such folder"
         if problem:
             raise CheckpointError(f"{path}: {problem}")
@@ -109,14 +113,24 @@ def find_checkpoint(path: Path) -> Checkpoint:
     return newest
 
 
+def _step_of(folder: Path) -> int | None:
+    """The step of a checkpoint folder; None for anything else, such as a user's copy ``step-5-backup``."""
+    match = re.fullmatch(r"step-(0|[1-9][0-9]*)", folder.name, re.ASCII)
+    return int(match[1]) if match else None
+
+
+def _steps(root: Path) -> list[int]:
+    """Steps of the checkpoint folders below `root`, newest first; whole or damaged."""
+    return sorted((step for folder in root.glob("step-*") if (step := _step_of(folder)) is not None), reverse=True)
+
+
 def _newest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint below `root`, and what was wrong with the newer ones."""
     problems: list[str] = []
-    folders = [folder for folder in root.glob("step-*") if folder.name.removeprefix("step-").isdigit()]
-    for folder in sorted(folders, key=lambda f: int(f.name.removeprefix("step-")), reverse=True):
-        problem = verify(folder)
+    for step in _steps(root):
+        problem = verify(root / f"step-{step}")
         if problem is None:
-            return Checkpoint(folder), problems
+            return Checkpoint(root / f"step-{step}"), problems
         problems.append(problem)
     return None, problems
 
@@ -234,8 +248,8 @@ class CheckpointStore:
 
     def _prune(self, newest: Path) -> None:
         """Remove what is neither among the newest `keep` nor the best. `newest` has just been written and verified."""
-        steps = sorted((int(folder.name.removeprefix("step-")) for folder in self.root.glob("step-*")), reverse=True)
-        current = int(newest.name.removeprefix("step-"))
+        steps, current = _steps(self.root), _step_of(newest)
+        assert current is not None
         # Anything beyond the current step belongs to a future that was abandoned (damaged): not worth a place.
         kept = {f"step-{step}" for step in [s for s in steps if s <= current][: self.keep]} | {self.best()}
         for step in steps:

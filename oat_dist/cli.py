@@ -21,6 +21,15 @@ _COMMANDS = {
     "report": ("oat_dist.commands.report", "write the report of a run"),
 }
 
+_EXAMPLES = """\
+examples:
+  oat-dist pack digits - packed/digits
+  oat-dist train configs/quickstart.yaml
+  oat-dist evaluate runs/quickstart
+
+oat-dist COMMAND --help explains a command.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -34,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="oat-dist",
         description="Exact distributed Online Anchor-based Training of image classifiers.",
-        epilog="oat-dist COMMAND --help explains a command.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (_, text) in _COMMANDS.items():

@@ -7,6 +7,9 @@ name, an impossible value with the remedy.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +141,33 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: scalars stay text until their key's type reads them, so that ``no``, ``1e-3`` or a date
+    mean what they say; only null (and ``<<``) is special. A key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides (dotted keys), check every value.
 
@@ -146,7 +176,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _parse(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -161,7 +191,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         if not separator or not key:
             raise ConfigError(f"{override!r}: an override has the form key=value, such as batch_size=64")
         try:
-            value = yaml.safe_load(text)
+            value = _parse(text)
         except yaml.YAMLError:
             value = text
         nested: Any = value
@@ -176,31 +206,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def _merge(base: Any, values: dict[Any, Any], where: str) -> Any:
     _check_keys(values, Config, "", where)
     try:
-        return OmegaConf.merge(base, OmegaConf.create(_float_strings(values)))
+        return OmegaConf.merge(base, OmegaConf.create(_literal(values)))
     except OmegaConfBaseException as error:
-        text = str(error).split("\n")[0].strip()
+        text = re.sub(" of type '[a-zA-Z]+'", "", str(error).split("\n")[0].strip()).replace("'None'", "null")
         raise ConfigError(f"{where}: {getattr(error, 'full_key', None) or 'value'}: {text}") from error
 
 
-def _float_strings(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; people mean the number."""
+def _literal(value: Any) -> Any:
+    """Escape what OmegaConf would replace: a value is what it says."""
     if isinstance(value, dict):
-        return {str(key): _float_strings(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_float_strings(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, str):
-        return value.replace("${", "\\${")  # no interpolation: a value is what it says
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     return value
 
 
 def _check_keys(values: dict[Any, Any], section: type, prefix: str, where: str) -> None:
-    import difflib
-
     fields = {item.name: item for item in dataclasses.fields(section)}
     hints = typing.get_type_hints(section)
     for key, value in values.items():
@@ -216,6 +237,13 @@ def _check_keys(values: dict[Any, Any], section: type, prefix: str, where: str) 
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {prefix}{key} is a section with keys of its own, not a single value")
             _check_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.", where)
+        elif typing.get_origin(hints[key]) is list:
+            if not isinstance(value, list):
+                raise ConfigError(f"{where}: {prefix}{key} is a list, such as [0.5, 0.5, 0.5]")
+        elif isinstance(value, (dict, list)):
+            raise ConfigError(f"{where}: {prefix}{key} is a single value, not a list or a section")
+        elif value == "???":  # OmegaConf's mark of a missing value
+            raise ConfigError(f"{where}: {prefix}{key}=??? is a place-holder; give a value")
 
 
 def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -235,11 +263,7 @@ def describe_keys() -> str:
     """Every key with its default and meaning, for ``--help``."""
     lines = []
     for name, default, text in _walk(Config):
-        shown = (
-            {None: "null", True: "true", False: "false", "": "''"}.get(default, str(default))
-            if not isinstance(default, list)
-            else str(default)
-        )
+        shown = {"None": "null", "True": "true", "False": "false", "": "''"}.get(str(default), str(default))
         lines.append(f"  {name + '=' + shown:<34} {text}")
     return "\n".join(lines)
 
@@ -274,6 +298,7 @@ def _check(config: Config) -> None:
         ("data.max_bad", data.max_bad, 0),
         ("optim.weight_decay", optim.weight_decay, 0),
         ("optim.warmup_epochs", optim.warmup_epochs, 0),
+        ("optim.final_lr", optim.final_lr, 0),
         ("anchor.group_size", anchor.group_size, 1),
         ("engine.processes", engine.processes, 1),
         ("engine.threads", engine.threads, 1),
@@ -284,19 +309,26 @@ def _check(config: Config) -> None:
         ("eval.every_epochs", config.eval.every_epochs, 0),
         ("eval.batch_size", config.eval.batch_size, 1),
         ("eval.group_size", config.eval.group_size, 1),
+        ("seed", config.seed, 0),
+        ("eval.seed", config.eval.seed, 0),
         ("log.every_steps", config.log.every_steps, 1),
     ):
-        if value is not None and not value >= least:
-            raise ConfigError(f"{name} must be at least {least}, not {value}")
+        # Everything whole must fit a 64-bit word.
+        if value is not None and not least <= value < 2**63:
+            limit = f"at least {least}" if value < least else "below 2^63"
+            raise ConfigError(f"{name} must be {limit}, not {value}")
     for name, number in (
         ("optim.lr", optim.lr),
         ("optim.step_epochs", optim.step_epochs),
+        ("optim.step_gamma", optim.step_gamma),
         ("engine.timeout_minutes", engine.timeout_minutes),
     ):
         if not 0 < number < float("inf"):
             raise ConfigError(f"{name} must be a positive number, not {number}")
-    if optim.clip_norm is not None and not optim.clip_norm > 0:
-        raise ConfigError(f"optim.clip_norm must be positive, not {optim.clip_norm}; null switches clipping off")
+    if optim.clip_norm is not None and not 0 < optim.clip_norm < float("inf"):
+        raise ConfigError(
+            f"optim.clip_norm must be a positive number, not {optim.clip_norm}; null switches clipping off"
+        )
     for name, number in (
         ("optim.momentum", optim.momentum),
         ("optim.beta1", optim.beta1),
@@ -309,7 +341,8 @@ def _check(config: Config) -> None:
             f"pretrain_epochs={config.pretrain_epochs} exceeds epochs={config.epochs}, which counts both phases; "
             f"use epochs={config.pretrain_epochs} for cross-entropy alone, or more for OAT"
         )
-    if len(data.mean) != 3 or len(data.std) != 3 or not all(value > 0 for value in data.std):
+    usable = all(map(math.isfinite, [*data.mean, *data.std])) and all(value > 0 for value in data.std)
+    if len(data.mean) != 3 or len(data.std) != 3 or not usable:
         raise ConfigError("data.mean and data.std are three numbers each, for red, green and blue; std above 0")
     if engine.name != "ddp":
         raise ConfigError(f"engine.name={engine.name!r} is not available; use ddp")
@@ -318,7 +351,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"engine.precision must be no or bf16, not {engine.precision!r}{advice}")
     if anchor.span != "micro":
         raise ConfigError(f"anchor.span={anchor.span!r} is not available; use micro")
-    if anchor.floor is not None and anchor.floor < 0:
+    if anchor.floor is not None and not anchor.floor >= 0:
         raise ConfigError(f"anchor.floor must be at least 0, not {anchor.floor}")
 
 
@@ -335,8 +368,6 @@ def check_floor(config: Config, num_classes: int) -> None:
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
-    import difflib
-
     if value not in choices:
         close = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -52,10 +52,14 @@ def folder_lock(folder: Path, refusal: str, *, name: str = ".lock") -> Iterator[
     """Hold an exclusive lock on `folder` (made if missing); the kernel frees it when the process dies.
 
     Raises:
-        OatError: with the text `refusal` when another process holds it.
+        OatError: with the text `refusal` when another process holds it; a folder that cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / name).open("a")
+    except OSError as error:
+        raise OatError(f"{folder}: cannot be made or written to ({error.strerror}); choose another folder") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oat_dist.errors import ConfigError, DataError
 
-__all__ = ["Fp32Linear", "Lightweight", "build_model", "norms_frozen"]
+__all__ = ["Fp32Conv2d", "Fp32Linear", "Lightweight", "build_model", "norms_frozen"]
 
 
 class Fp32Linear(nn.Linear):
@@ -29,9 +29,17 @@ class Fp32Linear(nn.Linear):
             return super().forward(input.to(self.weight.dtype))
 
 
+class Fp32Conv2d(nn.Conv2d):
+    """A convolution that computes in its weights' precision, also inside autocast: SqueezeNet's head."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 class Lightweight(nn.Module):
     """The paper's lightweight net for 32x32 RGB (section 3.2): two convolutions of 6 and 16 kernels of 5x5, each
-    with ReLU and 2x2 max-pooling, then fully connected layers of 128, 64 and C outputs. 62 k parameters at C = 10."""
+    with ReLU and 2x2 max-pooling, then fully connected layers of 128, 64 and C outputs. 63,106 parameters at C = 10."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -63,14 +71,16 @@ def build_model(name: str, num_classes: int, weights: str | None = None, image_s
             raise ConfigError(f"model.name=lightweight takes 32x32 images, not data.image_size={image_size}")
         model: nn.Module = Lightweight(num_classes)
     else:
-        model = _torchvision(name, num_classes)
-        _replace_last_linear(model)
+        model = _torchvision(name, num_classes, image_size)
+        _replace_head(model)
+        if image_size is not None:
+            _try_image(model, name, image_size)
     if weights is not None:
         _load_weights(model, Path(weights))
     return model
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
+def _torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Module:
     classifiers = torchvision.models.list_models(module=torchvision.models)
     if name not in classifiers:
         import difflib
@@ -78,19 +88,52 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
         close = difflib.get_close_matches(name, ["lightweight", *classifiers], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "use lightweight or a name of torchvision.models"
         raise ConfigError(f"model.name={name!r} is unknown; {hint}")
-    extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    extra: dict[str, object] = {}
+    if name in ("googlenet", "inception_v3"):
+        extra = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_") and image_size is not None:
+        extra = {"image_size": image_size}  # its position embedding is made for one size
+    try:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    except AssertionError as error:
+        raise ConfigError(f"model.name={name} does not take data.image_size={image_size}: {error}") from error
 
 
-def _replace_last_linear(model: nn.Module) -> None:
-    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        return  # a convolutional head, as SqueezeNet has
-    path, old = linear[-1]
-    head = Fp32Linear(old.in_features, old.out_features, bias=old.bias is not None)
+def _head(model: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the layer that gives the class outputs: the last linear one, or SqueezeNet's convolution."""
+    for kind in (nn.Linear, nn.Conv2d):
+        found = [(path, module) for path, module in model.named_modules() if isinstance(module, kind)]
+        if found:
+            return found[-1]
+    raise AssertionError("a classifier without weights")
+
+
+def _replace_head(model: nn.Module) -> None:
+    path, old = _head(model)
+    head: nn.Module
+    if isinstance(old, nn.Linear):
+        head = Fp32Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    else:
+        assert isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1) and old.bias is not None
+        head = Fp32Conv2d(old.in_channels, old.out_channels, kernel_size=1)
     head.load_state_dict(old.state_dict())  # keeps the architecture's own initialisation
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, head)
+
+
+def _try_image(model: nn.Module, name: str, image_size: int) -> None:
+    """One image through the new network: some run out of pixels on the way, or take one size only."""
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"model.name={name} does not take data.image_size={image_size} ({reason}); most networks are made for 224"
+        ) from error
+    finally:
+        model.train()
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -103,9 +146,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     unknown = sorted(set(given) - set(own))
     misshapen = [key for key, value in given.items() if key in own and value.shape != own[key].shape]
-    missing = sorted(set(own) - set(given))
+    head = _head(model)[0] + "."
+    missing = sorted(key for key in set(own) - set(given) if not key.startswith(head))
     # Only the head, whose first dimension is the class count, may differ or be absent.
-    body = [key for key in misshapen if given[key].shape[1:] != own[key].shape[1:]]
+    body = [key for key in misshapen if not key.startswith(head) or given[key].shape[1:] != own[key].shape[1:]]
     if unknown or body or missing:
         first = (unknown or body or missing)[0]
         why = "is not in the network" if unknown else "has another shape" if body else "is missing"

@@ -136,7 +136,10 @@ class OATLoss(nn.Module):
 
 
 class _OATFunction(torch.autograd.Function):
-    """Forward computes all that backward needs; backward is one linear pass over (B, C)."""
+    """Forward computes all that backward needs; backward is one linear pass over (B, C).
+
+    Small batches are bound by the number of operations, large ones by passes over (B, C): both are kept few.
+    """
 
     @staticmethod
     def forward(
@@ -148,74 +151,79 @@ class _OATFunction(torch.autograd.Function):
         settings: OATLoss,
     ) -> tuple[Tensor, Tensor, Tensor]:
         world = group_size(settings.process_group) if settings.training else 1
+        center, floor = settings.center, settings.anchor_floor
         if valid_B is not None:
             logits_BC = logits_BC.masked_fill(~valid_B[:, None], 0)
             labels_B = labels_B.masked_fill(~valid_B, 0)
-        size = _set_size(settings, len(labels_B))
 
         # error_BC starts as z + 1 with the label entries taken out, and ends as z - t.
-        mapped_BC = center_map(logits_BC, settings.center)
+        mapped_BC = center_map(logits_BC, center)
         error_BC = logits_BC + 1
         label_B1 = labels_B[:, None]
-        labelled_B = error_BC.gather(1, label_B1).squeeze(1)
+        labelled_B = error_BC.gather(1, label_B1)[:, 0]
         error_BC.scatter_(1, label_B1, 0)
         if valid_B is not None:
             mapped_BC = mapped_BC.masked_fill(~valid_B[:, None], 0)
             error_BC.masked_fill_(~valid_B[:, None], 0)
             labelled_B = labelled_B * valid_B
-        statistics, others = _statistics(settings, mapped_BC, error_BC, labelled_B, labels_B, valid_B)
+
+        sets_B = _sets(settings, labels_B)
+        statistics, others = _statistics(settings, mapped_BC, error_BC, labelled_B, labels_B, valid_B, sets_B)
         if settings.scope == "global" and world > 1:
             all_reduce_sum_(statistics.packed_GX, settings.process_group)
-        anchor_GC = anchor_of(statistics.center_GC(), settings.center, settings.anchor_floor)
+        anchor_GC = anchor_of(statistics.center_GC(), center, floor)
+        scale = _scale(num_samples, statistics, settings, world)
 
-        samples = _num_samples(num_samples, statistics, settings, world)
-        scale = 2 * world / (samples * settings.num_classes)
+        share_GC = None
         if settings.anchor_grad:
             dl_da_GC = anchor_gradient(statistics, anchor_GC, scale)
-            dl_dc_GC = center_gradient(dl_da_GC, anchor_GC, settings.center, settings.anchor_floor)
+            dl_dc_GC = center_gradient(dl_da_GC, anchor_GC, center, floor)
             share_GC = dl_dc_GC / statistics.count_G.clamp(min=1)[:, None]
-        else:
-            share_GC = None
 
-        sets_B = torch.arange(len(labels_B), device=labels_B.device).div_(size, rounding_mode="floor")
-        residual_B = labelled_B - 1 / anchor_GC[sets_B, labels_B]
+        residual_B = (
+            labelled_B - (anchor_GC[0, labels_B] if sets_B is None else anchor_GC[sets_B, labels_B]).reciprocal()
+        )
         if valid_B is not None:
             residual_B = residual_B.masked_fill(~valid_B, 0)
         error_BC.scatter_(1, label_B1, residual_B[:, None])
-        loss = (others + torch.dot(residual_B, residual_B)) * (scale / 2)
+        loss = (others + torch.dot(residual_B, residual_B)) * (scale * 0.5)
 
-        softmax_BC = None if settings.center == "logits" or share_GC is None else mapped_BC
-        ctx.save_for_backward(error_BC, scale, share_GC, softmax_BC, valid_B)
-        ctx.size = size
+        softmax_BC = None if center == "logits" or share_GC is None else mapped_BC
+        ctx.save_for_backward(error_BC, share_GC, softmax_BC, valid_B, sets_B)
+        ctx.scale = scale
         ctx.mark_non_differentiable(anchor_GC, statistics.packed_GX)
+        ctx.set_materialize_grads(False)
         return loss, anchor_GC, statistics.packed_GX
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        error_BC, scale, share_GC, softmax_BC, valid_B = ctx.saved_tensors
-        scale = scale * grad
+        error_BC, share_GC, softmax_BC, valid_B, sets_B = ctx.saved_tensors
+        scale = grad * ctx.scale
         if share_GC is None:
             gradient_BC = error_BC * scale
         else:
-            share_XC = share_GC * grad
-            if len(share_XC) > 1:
-                share_XC = share_XC.repeat_interleave(ctx.size, dim=0)[: len(error_BC)]
+            share_XC = share_GC * grad  # X: one row for all samples, or one for each
+            if sets_B is not None:
+                share_XC = share_XC[sets_B]
             if softmax_BC is None:  # f = identity
                 gradient_BC = torch.addcmul(share_XC, error_BC, scale)
                 if valid_B is not None:
                     gradient_BC.masked_fill_(~valid_B[:, None], 0)
             else:  # J_f^T v = p * (v - <p, v>); rows of p that do not count are zero
-                if len(share_XC) == 1:
-                    inner_B1 = (softmax_BC @ share_XC[0])[:, None]
+                if sets_B is None:
+                    inner_B1 = softmax_BC @ share_XC.T
                 else:
                     inner_B1 = (softmax_BC * share_XC).sum(dim=1, keepdim=True)
                 gradient_BC = (share_XC - inner_B1).mul_(softmax_BC).addcmul_(error_BC, scale)
         return gradient_BC, None, None, None, None
 
 
-def _set_size(settings: OATLoss, samples: int) -> int:
-    return settings.group_size if settings.scope == "group" else max(samples, 1)
+def _sets(settings: OATLoss, labels_B: Tensor) -> Tensor | None:
+    """Which anchor set each sample belongs to (B,); None when one set holds all of them."""
+    if settings.scope != "group" or 0 < len(labels_B) <= settings.group_size:
+        return None
+    return torch.arange(len(labels_B), device=labels_B.device).div_(settings.group_size, rounding_mode="floor")
 
 
 def _statistics(
@@ -225,45 +233,44 @@ def _statistics(
     labelled_B: Tensor,
     labels_B: Tensor,
     valid_B: Tensor | None,
+    sets_B: Tensor | None,
 ) -> tuple[Statistics, Tensor]:
-    """The sums of this rank and the sum of squares of `others_BC`: z + 1 without the label entries.
+    """The sums of this rank, and the sum of squares of `others_BC`: z + 1 without the label entries.
 
     `labelled_B` holds those entries. Rows that do not count are zero in all three.
     """
     samples, classes = mapped_BC.shape
-    size = _set_size(settings, samples)
-    sets = -(-samples // size) if settings.scope == "group" else 1
+    sets = 1 if sets_B is None else -(-samples // settings.group_size)
     packed_GX = mapped_BC.new_zeros(sets, 3 * classes + 2)
     ones_B = torch.ones_like(labelled_B) if valid_B is None else valid_B.to(labelled_B.dtype)
-    start_B = labels_B
-    if sets > 1:
-        rows_B = torch.arange(samples, device=labels_B.device).div_(size, rounding_mode="floor")
-        start_B = labels_B + rows_B * packed_GX.shape[1]
+    start_B = labels_B if sets_B is None else torch.add(labels_B, sets_B, alpha=packed_GX.shape[1])
     flat_X = packed_GX.view(-1)
-    flat_X.index_add_(0, start_B + classes, labelled_B)
-    flat_X.index_add_(0, start_B + 2 * classes, ones_B)
-    if sets == 1:
+    flat_X[classes:].index_add_(0, start_B, labelled_B)
+    flat_X[2 * classes :].index_add_(0, start_B, ones_B)
+    if sets_B is None:
         # A dot product reads the (B, C) buffer once, where square().sum() would write and read another.
         others = torch.dot(others_BC.view(-1), others_BC.view(-1))
-        packed_GX[0, :classes] = mapped_BC.sum(dim=0)
-        packed_GX[0, -2] = others + torch.dot(labelled_B, labelled_B)
-        packed_GX[0, -1] = ones_B.sum()
+        torch.sum(mapped_BC, dim=0, out=flat_X[:classes])
+        flat_X[-2] = others + torch.dot(labelled_B, labelled_B)
+        flat_X[-1] = samples if valid_B is None else ones_B.sum()
     else:
         others_B = others_BC.square().sum(dim=1)
         others = others_B.sum()
-        packed_GX[:, :classes] = segment_sum(mapped_BC, size)
-        packed_GX[:, -2] = segment_sum(others_B + labelled_B.square(), size)
-        packed_GX[:, -1] = segment_sum(ones_B, size)
+        packed_GX[:, :classes] = segment_sum(mapped_BC, settings.group_size)
+        packed_GX[:, -2] = segment_sum(others_B + labelled_B.square(), settings.group_size)
+        packed_GX[:, -1] = segment_sum(ones_B, settings.group_size)
     return Statistics(packed_GX), others
 
 
-def _num_samples(num_samples: int | Tensor | None, statistics: Statistics, settings: OATLoss, world: int) -> Tensor:
-    """N as a tensor on the device (at least 1, so that an update without samples has loss 0, not NaN)."""
-    packed_GX = statistics.packed_GX
+def _scale(num_samples: int | Tensor | None, statistics: Statistics, settings: OATLoss, world: int) -> Tensor | float:
+    """``2 W / (N C)``. N is at least 1, so that an update without samples has loss 0, not NaN."""
+    factor = 2 * world / settings.num_classes
+    if isinstance(num_samples, int):
+        return factor / max(num_samples, 1)
     if num_samples is not None:
-        count = torch.as_tensor(num_samples, dtype=packed_GX.dtype, device=packed_GX.device)
+        count = num_samples.to(statistics.packed_GX)
     else:
-        count = packed_GX[:, -1].sum()
+        count = statistics.count_G.sum()
         if settings.scope != "global" and world > 1:
             all_reduce_sum_(count, settings.process_group)
-    return count.clamp(min=1)
+    return factor / count.clamp(min=1)

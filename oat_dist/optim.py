@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from oat_dist.errors import ConfigError
+
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Schedule", "build_optimizer"]
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -23,7 +25,13 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW; norms and biases (parameters of fewer than two dimensions) are not decayed."""
+    """SGD with momentum or AdamW; norms and biases (parameters of fewer than two dimensions) are not decayed.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -50,6 +58,10 @@ class Schedule:
     step_length: int = 1
     gamma: float = 0.1
     final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ConfigError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, not {self.kind!r}")
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:

@@ -144,8 +144,11 @@ def _as_rgb(image: Any) -> np.ndarray:
         except ImageError as error:
             raise DataError(f"bytes that cannot be decoded as an image: {error}") from error
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        try:
+            return np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow decodes on first use
+            raise DataError(f"a PIL image that cannot be decoded: {error}") from error
+    array = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise DataError(f"an image array must be uint8 of shape (H, W, 3), not {array.dtype} {array.shape}")
     return array

@@ -82,7 +82,7 @@ class RunFolder:
             if not config.resume:
                 raise CheckpointError(f"{self.path}: holds a run, and resume=false; choose another output_dir")
             try:
-                before = _flatten(yaml.safe_load(path.read_text()))
+                before = _flatten(dataclasses.asdict(Config())) | _flatten(yaml.safe_load(path.read_text()))
             except (yaml.YAMLError, AttributeError) as error:
                 raise CheckpointError(f"{path}: damaged; restore it or choose another output_dir") from error
             now = _flatten(dataclasses.asdict(config))
@@ -133,8 +133,10 @@ def read_config(run: Path) -> dict[str, Any]:
         values = yaml.safe_load((run / "config.yaml").read_text())
     except FileNotFoundError:
         raise OatError(f"{run}: not a run folder, config.yaml is missing; give the output_dir of a training") from None
-    except yaml.YAMLError as error:
-        raise OatError(f"{run / 'config.yaml'}: damaged ({error.__class__.__name__})") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OatError(f"{run / 'config.yaml'}: cannot be read ({error.__class__.__name__})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise OatError(f"{run / 'config.yaml'}: damaged, it has no section data; give --data and --split")
     return values
 
 

@@ -70,6 +70,8 @@ def chosen_checkpoint(run: Path, name: str | None) -> Checkpoint:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1 or arguments.group_size < 1:
         raise OatError("--batch-size and --group-size must be at least 1")
+    if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
+        raise OatError(f"{arguments.predictions}: no such folder to write to")
     engine = start_engine()
     evaluation, facts = _evaluate(arguments, engine.world)
     if evaluation is not None:
@@ -88,6 +90,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation |
     if arguments.split is None:
         raise OatError(f"{run_folder}: the run has no data.eval_split; name one with --split")
     network, card, stored_anchor_C = load_network(checkpoint)
+    _check_protocols(arguments.protocol, PROTOCOLS if card["objective"] == "oat" else ("argmax",))
     shards = world.together(open_split, arguments.data / arguments.split)
     if shards.classes != card["classes"]:
         raise DataError(f"{shards.folder}: its classes are not the {len(card['classes'])} classes of the checkpoint")
@@ -115,13 +118,15 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation |
     return evaluation, facts
 
 
+def _check_protocols(asked: Sequence[str] | None, there: Sequence[str]) -> None:
+    """Before the forward pass, not after it."""
+    for name in asked or ():
+        if name not in there:
+            raise OatError(f"protocol {name} does not apply to this checkpoint; it has {', '.join(there)}")
+
+
 def _report(arguments: argparse.Namespace, evaluation: Evaluation, facts: dict[str, object]) -> None:
     names = arguments.protocol or list(evaluation.protocols)
-    missing = [name for name in names if name not in evaluation.protocols]
-    if missing:
-        raise OatError(
-            f"protocol {missing[0]} does not apply to this checkpoint; it has {', '.join(evaluation.protocols)}"
-        )
     if arguments.predictions is not None:
         _write_predictions(arguments.predictions, evaluation, names)
     if arguments.json:

@@ -142,12 +142,13 @@ class TrainLoader:
         """The windows of global steps [first_step, last_step), in order, across epochs."""
         jobs = ((step, number) for step in range(first_step, last_step) for number in self._micro_batches(step))
         pending: deque[Future[Batch]] = deque()
+        ahead = max(self.prefetch, self.workers - 1)  # so that no thread is idle
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="oat-loader")
         try:
             for step in range(first_step, last_step):
                 batches = []
                 for _ in self._micro_batches(step):
-                    for job in itertools.islice(jobs, self.prefetch + 1 - len(pending)):
+                    for job in itertools.islice(jobs, ahead + 1 - len(pending)):
                         pending.append(pool.submit(self._build, *job))
                     batches.append(pending.popleft().result())
                 yield self._window(step, batches)

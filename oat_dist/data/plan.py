@@ -13,6 +13,7 @@ So a position (epoch, samples consumed) is all a resumed run needs, also on anot
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 # Above this many samples the permutation is computed position by position instead of being held in memory.
 ARGSORT_LIMIT = 10_000_000
+# All threads need a new epoch's order at the same moment: one computes it, the others wait, none holds a copy.
+_PERMUTATION_LOCK = threading.Lock()
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -55,7 +58,8 @@ class EpochOrder:
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(f"positions [{start}, {stop}) lie outside 0..{self.num_samples}")
         if self.num_samples <= ARGSORT_LIMIT:
-            return _permutation(self.num_samples, self.seed, self.epoch)[start:stop]
+            with _PERMUTATION_LOCK:
+                return _permutation(self.num_samples, self.seed, self.epoch)[start:stop]
         return _feistel(np.arange(start, stop, dtype=np.uint64), self.num_samples, self.seed, self.epoch)
 
 
@@ -157,7 +161,11 @@ class Layout:
         return start, min(start + self.batch_size, num_samples)
 
     def deal(self, count: int) -> list[list[Part]]:
-        """Parts ``[micro-batch][rank]`` of a global batch of `count` samples; a part may be empty in a short batch."""
+        """Parts ``[micro-batch][rank]`` of a global batch of `count` samples.
+
+        Only the last micro-batch is dealt unevenly and may leave a rank empty (of a full batch of 9 on 2 ranks with
+        micro_batch_size=2, the ninth sample); a rank with none in a whole batch occurs in a short batch only.
+        """
         return _deal(count, self.world, self.micro_batch_size, self.unit)
 
 

@@ -45,7 +45,9 @@ class ShardReader:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); restore the shard and start again") from error
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); mend that or restore the shard, and start again"
+            ) from error
         if len(data) != length:
             raise DataError(
                 f"{path}: the shard ends before sample {sample_id} does (offset {offset:,}, {length:,} bytes); "

@@ -138,12 +138,16 @@ def _evaluation_best(evaluation: Evaluation) -> Html:
     split = best.get("split", evaluation.raw.get("split"))
     checkpoint = best.get("checkpoint", best.get("step"))
     accuracy = fraction(best.get("accuracy"))
-    what = f"Best checkpoint: {checkpoint}" if checkpoint is not None else "Best checkpoint"
+    what = f"Best checkpoint: {_step_name(checkpoint)}" if checkpoint is not None else "Best checkpoint"
     if accuracy is not None:
         what += f", {percent(accuracy)} %"
     what += f" under {best['protocol']}" if best.get("protocol") is not None else ""
     what += f", selected on “{split}”" if split is not None else ", selected on an unknown split"
     return tag("p", f"{what}: an optimistic number on the split that chose it.")
+
+
+def _step_name(checkpoint: Any) -> str:
+    return f"step {checkpoint:,}" if isinstance(checkpoint, int) else str(checkpoint)
 
 
 def _ties(evaluation: Evaluation) -> Html:

@@ -1,0 +1,48 @@
+# Two commands: `make quickstart` (from nothing to a report) and `make test` (every test).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help quickstart test check format bench cifar10 clean
+
+help:
+	@echo "make quickstart   install, pack digits, train with OAT on two processes (or every GPU), evaluate, report"
+	@echo "make test         every test, on real processes (OAT_TEST_DATA=FOLDER adds those on real photos)"
+	@echo "make check        format, lint and types"
+	@echo "make format       mend format and lint"
+	@echo "make bench        our training step and loss against bare PyTorch"
+	@echo "make cifar10 CIFAR10=FOLDER   the README's CIFAR-10 runs, from a folder of train/ and test/ images"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.12 (or another)"; exit 1; }
+	@echo "installing into $(VENV) (PyTorch for Linux brings CUDA: about 6 GB, some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+quickstart: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/quickstart.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step.py
+
+cifar10: $(READY)
+	@test -n "$(CIFAR10)" || { echo "error: say where the images are: make cifar10 CIFAR10=FOLDER"; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/cifar10.sh "$(CIFAR10)"
+
+clean:
+	rm -rf packed runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

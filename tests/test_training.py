@@ -1,0 +1,217 @@
+"""The trainer as a whole, on 1, 2 and 3 real ranks: exact, resumable bit by bit, and the same data for everyone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from training_checks import STEPS_PER_EPOCH, weights
+
+from oat_dist.data.index import ShardSet
+from oat_dist.models import build_model
+
+WORLDS = (1, 2, 3)
+
+
+def packed(digits: dict[str, ShardSet]) -> str:
+    return str(digits["train"].folder.parent)
+
+
+@pytest.fixture(scope="module")
+def campaigns(
+    tmp_path_factory: pytest.TempPathFactory, digits: dict[str, ShardSet]
+) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
+    """By world size: the folder of its runs, and what each rank found."""
+    found = {}
+    for world in WORLDS:
+        root = tmp_path_factory.mktemp(f"world-{world}")
+        found[world] = (root, run_ranks(world, "training_checks:campaign", str(root), packed(digits)))
+    return found
+
+
+@pytest.fixture(params=WORLDS)
+def runs(request: pytest.FixtureRequest, campaigns: dict[int, tuple[Path, list[dict[str, Any]]]]) -> Path:
+    return campaigns[request.param][0]
+
+
+def records(run: Path, *, timeless: bool = True) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "event" not in line]
+    if timeless:
+        for line in lines:
+            line.pop("samples_per_s", None)
+            line.pop("data_wait", None)
+    return lines
+
+
+def final_files(run: Path) -> dict[str, bytes]:
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    return {
+        path.name: path.read_bytes()
+        for path in folder.glob("*.safetensors")  # weights, optimizer, stored anchor, and what each rank keeps
+    }
+
+
+def initial_weights() -> torch.Tensor:
+    """Those of seed 0, the default."""
+    torch.manual_seed(0)
+    return torch.cat([value.double().flatten() for value in build_model("lightweight", 10).state_dict().values()])
+
+
+def _last_fingerprint(run: Path) -> tuple[int, str]:
+    return [(line["step"], line["fingerprint"]) for line in records(run) if "fingerprint" in line][-1]
+
+
+def flat(run: Path) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for value in weights(run).values()])
+
+
+@pytest.mark.parametrize(
+    ("undisturbed", "resumed"),
+    [
+        ("whole", f"resumed-{STEPS_PER_EPOCH}"),
+        ("whole", f"resumed-{STEPS_PER_EPOCH + 11}"),
+        ("adamw", "adamw-resumed"),
+        ("norm", "norm-resumed"),
+    ],
+)
+def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(runs: Path, undisturbed: str, resumed: str) -> None:
+    expected, found = final_files(runs / undisturbed), final_files(runs / resumed)
+    assert found.keys() == expected.keys() and "optimizer.safetensors" in found
+    assert [name for name in expected if found[name] != expected[name]] == []
+    before = [line for line in records(runs / undisturbed) if "protocol" in line]
+    after = [line for line in records(runs / resumed) if "protocol" in line]
+    # the interruption itself adds an evaluation, nothing else
+    assert [line for line in after if line in before] == before
+    # (losses of a line are averages since the line before, and the interruption has added one)
+    assert _last_fingerprint(runs / undisturbed) == _last_fingerprint(runs / resumed)
+
+
+def test_another_seed_is_not_bitwise_equal(runs: Path) -> None:
+    """The control: files of different runs do differ."""
+    assert final_files(runs / "ten-global")["model.safetensors"] != final_files(runs / "ten-group")["model.safetensors"]
+
+
+def test_the_order_is_the_same_on_any_number_of_ranks(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    by_world = {
+        world: [(line["step"], line["fingerprint"]) for line in records(root / "whole") if "fingerprint" in line]
+        for world, (root, _) in campaigns.items()
+    }
+    assert len(by_world[1]) >= 3 * STEPS_PER_EPOCH // 8
+    assert len({fingerprint for _, fingerprint in by_world[1]}) == len(by_world[1])
+    assert by_world[1] == by_world[2] == by_world[3]
+
+
+@pytest.mark.parametrize("name", ["ten-global", "ten-group", "ten-accumulated", "one-left"])
+def test_n_ranks_train_the_network_of_one(campaigns: dict[int, tuple[Path, Any]], name: str) -> None:
+    """fp32, no BatchNorm, no dropout: METHOD's bound after ten steps, through loader, trainer and DDP."""
+    start = initial_weights()
+    one = flat(campaigns[1][0] / name)
+    assert (one - start).norm() > 0.01
+    for world in (2, 3):
+        root = campaigns[world][0]
+        assert float((flat(root / name) - one).norm() / (one - start).norm()) <= 5e-5
+        for line, expected in zip(records(root / name), records(campaigns[1][0] / name), strict=True):
+            if "loss" in line:
+                assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    # control: another anchor scope leads elsewhere
+    other = flat(campaigns[2][0] / ("ten-group" if name != "ten-group" else "ten-global"))
+    assert float((other - one).norm() / (one - start).norm()) > 1e-3 or name == "ten-accumulated"
+
+
+def test_groups_do_not_depend_on_accumulation(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    """The same anchor sets in one forward pass or in several: the same training."""
+    start = initial_weights()
+    for root, _ in campaigns.values():
+        whole, split = flat(root / "ten-group"), flat(root / "ten-accumulated")
+        assert float((whole - split).norm() / (whole - start).norm()) <= 5e-5
+
+
+def test_phases_and_learning_rate_in_the_log(runs: Path) -> None:
+    lines = records(runs / "whole")
+    for line in (line for line in lines if "loss" in line):
+        assert line["phase"] == ("cross_entropy" if line["step"] <= STEPS_PER_EPOCH else "oat")
+        assert line["lr"] == 0.01
+        assert line["epoch"] == (line["step"] - 1) // STEPS_PER_EPOCH
+        assert ("anchor_min" in line) == (line["phase"] == "oat")
+    evaluated = {(line["step"], line["protocol"]) for line in lines if "protocol" in line}
+    assert evaluated == {(step, name) for step in (60, 90) for name in ("batch", "single", "dataset", "stored")}
+    final = json.loads((runs / "whole" / "evaluation.json").read_text())
+    assert final["protocols"]["batch"]["accuracy"] > 0.8  # it has learned to read digits
+    assert final["total"] == 359
+
+
+def test_momentum_starts_anew_at_the_switch(runs: Path) -> None:
+    """A run that stopped at the switch saved the momentum of cross-entropy; training on did not use it."""
+    assert final_files(runs / f"resumed-{STEPS_PER_EPOCH}") == final_files(runs / "whole")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_collectives_are_as_few_as_promised(campaigns: dict[int, tuple[Path, Any]], world: int) -> None:
+    """`device` adds none to DDP's own; `global` one a step. The rest: start, log lines, one epoch end, one save."""
+    found = campaigns[world][1][0]
+    device, steps = found["collectives device"]
+    with_global, same_steps = found["collectives global"]
+    assert steps == same_steps == 10
+    assert with_global - device == (steps if world > 1 else 0)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_saves_nothing_after(
+    campaigns: dict[int, tuple[Path, Any]],
+) -> None:
+    for world, (root, found) in campaigns.items():
+        assert len({ranks["diverged"] for ranks in found}) == 1
+        message = found[0]["diverged"]
+        assert "not finite at step" in message and "optim.lr" in message
+        assert ("phase oat" in message) or ("phase cross_entropy" in message)
+        step = int(message.split("at step ")[1].split(" ")[0].replace(",", ""))
+        saved = [int(path.name.split("-")[1]) for path in (root / "diverged/checkpoints").glob("step-*")]
+        assert all(number < step for number in saved), (world, saved, step)
+
+
+def test_a_folder_of_another_configuration_is_refused(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    for _, found in campaigns.values():
+        for rank in found:
+            assert "belongs to another configuration: seed=0 became 1" in rank["other config"]
+
+
+def test_another_number_of_ranks_continues_the_same_run(
+    campaigns: dict[int, tuple[Path, Any]], tmp_path: Path, digits: dict[str, ShardSet]
+) -> None:
+    """2 ranks, then 3, then 1: the order of an undisturbed run, and its weights to rounding."""
+    for world, stop in ((2, 4), (3, 7), (1, 10)):
+        run_ranks(world, "training_checks:ten_until", str(tmp_path), packed(digits), "moved", stop)
+    moved, whole = tmp_path / "moved", campaigns[1][0] / "ten-global"
+    assert _last_fingerprint(moved) == _last_fingerprint(whole)
+    start = initial_weights()
+    assert float((flat(moved) - flat(whole)).norm() / (flat(whole) - start).norm()) <= 5e-5
+
+
+def test_predicted_labels_do_not_depend_on_ranks_or_forward_batch(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    run = str(campaigns[1][0] / "whole")
+    reference = None
+    for world in WORLDS:
+        found = run_ranks(world, "training_checks:evaluate", run)[0]
+        assert found.keys() == {"1", "32", "1000"}
+        for protocols in found.values():
+            reference = reference or protocols
+            assert protocols.keys() == {"batch", "single", "dataset", "stored"}
+            for name, result in protocols.items():
+                expected = reference[name]
+                ties = set(result["ties"]) | set(expected["ties"])
+                different = [
+                    i
+                    for i, pair in enumerate(zip(result["labels"], expected["labels"], strict=True))
+                    if len({*pair}) > 1
+                ]
+                assert set(different) <= ties, (world, name)
+
+
+def test_bf16_trains_on_two_ranks(tmp_path: Path, digits: dict[str, ShardSet]) -> None:
+    results = run_ranks(2, "training_checks:bf16", str(tmp_path), packed(digits))
+    assert results[0] == results[1]
+    assert records(tmp_path / "bf16")[-1]["accuracy"] > 0.3

@@ -1,0 +1,174 @@
+"""What each rank does for test_training.py: whole runs of the real trainer, many of them in one set of processes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from oat_dist.commands.evaluate import _evaluate, add_arguments
+from oat_dist.config import load_config
+from oat_dist.distributed import counts
+from oat_dist.engine import Engine, start_engine
+from oat_dist.errors import OatError
+from oat_dist.trainer import Trainer
+
+BASE = """\
+output_dir: unset
+batch_size: 48
+epochs: 3
+pretrain_epochs: 1
+data: {path: unset, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
+optim: {lr: 0.01}
+anchor: {scope: global}
+checkpoint: {keep: 2}
+eval: {every_epochs: 2}
+log: {every_steps: 8}
+"""
+TEN = ("anchor.group_size=4", "pretrain_epochs=0")
+STEPS_PER_EPOCH = 30  # 1,438 digits in batches of 48
+
+
+def fit(engine: Engine, root: Path, data: str, name: str, *overrides: str) -> Trainer:
+    if engine.world.is_main:
+        (root / "base.yaml").write_text(BASE)
+    engine.world.all_agree(True)
+    config = load_config(root / "base.yaml", [f"output_dir={root / name}", f"data.path={data}", *overrides])
+    trainer = Trainer(config, engine)
+    trainer.fit()
+    return trainer
+
+
+def fit_in_two(engine: Engine, root: Path, data: str, name: str, stop: int, *overrides: str) -> None:
+    """Stop after `stop` steps, then start again with the same command."""
+    fit(engine, root, data, name, *overrides, f"max_steps={stop}")
+    torch.manual_seed(99)  # the second start must not profit from random numbers left by the first
+    fit(engine, root, data, name, *overrides)
+
+
+def campaign(root_text: str, data: str) -> dict[str, Any]:
+    """Every run that the tests of one world size look at, in folders of `root_text`."""
+    root = Path(root_text)
+    engine = start_engine(threads=1)
+    found: dict[str, Any] = {}
+    fit(engine, root, data, "whole")
+    for stop in (STEPS_PER_EPOCH, STEPS_PER_EPOCH + 11):  # at the switch to OAT, and inside an epoch
+        fit_in_two(engine, root, data, f"resumed-{stop}", stop)
+    adamw = ("optim.name=adamw", "optim.lr=0.001", "optim.clip_norm=1.0", "data.augment=flip", "epochs=2")
+    fit(engine, root, data, "adamw", *adamw)
+    fit_in_two(engine, root, data, "adamw-resumed", 17, *adamw)
+    # BatchNorm, dropout and a rank with an odd share
+    norm = (
+        "model.name=mobilenet_v3_small",
+        "epochs=1",
+        "pretrain_epochs=0",
+        "data.drop_last=true",
+        "batch_size=239",
+        "anchor.scope=device",
+        "data.eval_split=null",
+    )
+    fit(engine, root, data, "norm", *norm)
+    fit_in_two(engine, root, data, "norm-resumed", 3, *norm)
+    for scope in ("global", "group"):
+        fit(
+            engine,
+            root,
+            data,
+            f"ten-{scope}",
+            f"anchor.scope={scope}",
+            "anchor.group_size=4",
+            "pretrain_epochs=0",
+            "max_steps=10",
+        )
+    fit(
+        engine,
+        root,
+        data,
+        "ten-accumulated",
+        "anchor.scope=group",
+        "anchor.group_size=4",
+        "pretrain_epochs=0",
+        "max_steps=10",
+        "micro_batch_size=4",
+    )
+    # the last batch of an epoch has one sample: all ranks but one are idle in it
+    fit(engine, root, data, "one-left", "batch_size=1437", "epochs=2", "pretrain_epochs=0")
+    counts.clear()
+    trainer = fit(
+        engine,
+        root,
+        data,
+        "counted",
+        "batch_size=144",
+        "epochs=1",
+        "pretrain_epochs=0",
+        "anchor.scope=device",
+        "data.eval_split=null",
+        "log.every_steps=100",
+    )
+    found["collectives device"] = [counts["all_reduce"], trainer.step]
+    counts.clear()
+    trainer = fit(
+        engine,
+        root,
+        data,
+        "counted-global",
+        "batch_size=144",
+        "epochs=1",
+        "pretrain_epochs=0",
+        "anchor.scope=global",
+        "data.eval_split=null",
+        "log.every_steps=100",
+    )
+    found["collectives global"] = [counts["all_reduce"], trainer.step]
+    try:
+        fit(engine, root, data, "diverged", "anchor.center=logits", "optim.lr=1000", "checkpoint.every_steps=5")
+    except OatError as error:
+        found["diverged"] = str(error)
+    try:
+        fit(engine, root, data, "whole", "seed=1")
+    except OatError as error:
+        found["other config"] = str(error)
+    engine.close()
+    return found
+
+
+def ten_until(root_text: str, data: str, name: str, stop: int) -> None:
+    """The run `ten-global` of `campaign`, up to `stop` steps: other numbers of ranks go on."""
+    engine = start_engine(threads=1)
+    fit(engine, Path(root_text), data, name, *TEN, "anchor.scope=global", f"max_steps={stop}")
+    engine.close()
+
+
+def evaluate(run: str) -> dict[str, Any]:
+    """Predicted labels of every protocol, for several forward batch sizes."""
+    engine = start_engine(threads=1)
+    found = {}
+    for batch_size in (1, 32, 1000):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        evaluation, _ = _evaluate(parser.parse_args([run, "--batch-size", str(batch_size)]), engine.world)
+        if evaluation is not None:
+            found[str(batch_size)] = {
+                name: {"labels": result.predicted_N.tolist(), "ties": result.ties}
+                for name, result in evaluation.protocols.items()
+            }
+    engine.close()
+    return found
+
+
+def bf16(root_text: str, data: str) -> list[float]:
+    """Losses of a short run in bf16."""
+    engine = start_engine(threads=1, precision="bf16")
+    trainer = fit(engine, Path(root_text), data, "bf16", "engine.precision=bf16", "epochs=1", "pretrain_epochs=0")
+    assert next(trainer.network.parameters()).dtype == torch.float32
+    engine.close()
+    return [float(value.norm()) for value in weights(Path(root_text) / "bf16").values()]
+
+
+def weights(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    name = (run / "checkpoints" / "latest").read_text().strip() if step is None else f"step-{step}"
+    return load_file(run / "checkpoints" / name / "model.safetensors")
