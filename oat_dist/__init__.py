@@ -1,6 +1,6 @@
 """oat_dist: exact distributed Online Anchor-based Training (OAT) of image classifiers.
 
-The public names load on first use, so that packing shards does not wait for torch.
+The public names load on first use, so that `import oat_dist` does not wait for torch.
 """
 
 from __future__ import annotations

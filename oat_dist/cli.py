@@ -11,7 +11,7 @@ from oat_dist.errors import run_command
 
 __all__ = ["main"]
 
-# Command -> module; imported on use, so that `oat-dist pack` does not wait for torch.
+# Command -> module; imported on use, so that --help answers at once.
 _COMMANDS = {
     "pack": ("oat_dist.commands.pack", "pack images into shards"),
     "verify": ("oat_dist.commands.verify", "check packed shards"),

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from oat_dist.errors import ConfigError, DataError
 
-__all__ = ["Fp32Conv2d", "Fp32Linear", "Lightweight", "build_model", "norms_frozen"]
+__all__ = ["Fp32Conv2d", "Fp32Linear", "Lightweight", "build_model", "norms_frozen", "takes_single_samples"]
 
 
 class Fp32Linear(nn.Linear):
@@ -94,9 +94,13 @@ def _torchvision(name: str, num_classes: int, image_size: int | None) -> nn.Modu
     elif name.startswith("vit_") and image_size is not None:
         extra = {"image_size": image_size}  # its position embedding is made for one size
     try:
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
     except AssertionError as error:
         raise ConfigError(f"model.name={name} does not take data.image_size={image_size}: {error}") from error
+    if isinstance(model, torchvision.models.SqueezeNet):
+        # It ends in a ReLU, but OAT's targets reach down to -1: all outputs would die at zero (measured).
+        model.classifier[2] = nn.Identity()
+    return model
 
 
 def _head(model: nn.Module) -> tuple[str, nn.Module]:
@@ -155,6 +159,22 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         why = "is not in the network" if unknown else "has another shape" if body else "is missing"
         raise DataError(f"{path}: these weights are of another network: {first} {why}; check model.name")
     model.load_state_dict({key: value for key, value in given.items() if key not in misshapen}, strict=False)
+
+
+def takes_single_samples(network: nn.Module, image_size: int) -> bool:
+    """Whether the network can train on a batch of one: BatchNorm over 1x1 maps has nothing to estimate from."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return True
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            network.train()(torch.zeros(1, 3, image_size, image_size))
+    except ValueError:
+        return False
+    finally:
+        network.load_state_dict(before)
+    return True
 
 
 @contextmanager

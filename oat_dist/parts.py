@@ -14,12 +14,20 @@ from oat_dist.data.loader import BatchBuilder, TrainLoader
 from oat_dist.data.plan import Layout, keyed_hash_int
 from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
-from oat_dist.errors import DataError
-from oat_dist.models import build_model
+from oat_dist.errors import ConfigError, DataError
+from oat_dist.models import build_model, takes_single_samples
 from oat_dist.oat_loss import OATLoss
 from oat_dist.optim import Schedule, build_optimizer
 
-__all__ = ["DataParts", "build_criterion", "build_data", "build_network", "learning_rate", "optimizer_for"]
+__all__ = [
+    "DataParts",
+    "build_criterion",
+    "build_data",
+    "build_network",
+    "check_single_samples",
+    "learning_rate",
+    "optimizer_for",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,24 @@ def build_network(config: Config, num_classes: int, world: World) -> nn.Module:
     )
     torch.manual_seed(keyed_hash_int(config.seed, world.rank) >> 1)
     return network
+
+
+def check_single_samples(config: Config, loader: TrainLoader, network: nn.Module) -> None:
+    """Refuse a layout that would end the first epoch in a BatchNorm error.
+
+    Raises:
+        ConfigError: a rank gets a single sample in some batch, and the network cannot train on one.
+    """
+    samples = loader.builder.shards.num_samples
+    first, last = loader.layout.batch_range(loader.steps_per_epoch - 1, samples)
+    dealt = loader.layout.deal(min(config.batch_size, samples)) + loader.layout.deal(last - first)
+    alone = any(len(part) == 1 for micro_batch in dealt for part in micro_batch)
+    if alone and not takes_single_samples(network, config.data.image_size):
+        raise ConfigError(
+            f"batch_size={config.batch_size} leaves a rank with a single sample in some batch of {samples:,}, which "
+            f"the BatchNorm of model.name={config.model.name} cannot train on; use data.drop_last=true or another "
+            "batch_size or micro_batch_size"
+        )
 
 
 def build_criterion(config: Config, num_classes: int) -> OATLoss:

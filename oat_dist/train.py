@@ -17,6 +17,7 @@ __all__ = ["main"]
 _DESCRIPTION = """\
 Train an image classifier with cross-entropy first and Online Anchor-based Training (OAT) after.
 
+examples:
   one process:      python launch/train.py configs/cifar10/lightweight.yaml
   two CPU ranks:    accelerate launch --config_file configs/accelerate/cpu-2.yaml launch/train.py CONFIG
   every GPU here:   accelerate launch --config_file configs/accelerate/gpus.yaml launch/train.py CONFIG

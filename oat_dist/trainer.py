@@ -26,7 +26,14 @@ from oat_dist.evaluate import Evaluation
 from oat_dist.metrics import AnchorMean, Meter
 from oat_dist.models import norms_frozen
 from oat_dist.objectives import OAT, CrossEntropy, Objective
-from oat_dist.parts import build_criterion, build_data, build_network, learning_rate, optimizer_for
+from oat_dist.parts import (
+    build_criterion,
+    build_data,
+    build_network,
+    check_single_samples,
+    learning_rate,
+    optimizer_for,
+)
 from oat_dist.run_facts import environment, model_card, run_facts
 from oat_dist.run_folder import RunFolder
 from oat_dist.training_state import TrainingState
@@ -60,7 +67,9 @@ class Trainer:
 
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
-        self.model = engine.prepare(build_network(config, len(self.classes), self.world))
+        network = build_network(config, len(self.classes), self.world)
+        check_single_samples(config, self.data.loader, network)
+        self.model = engine.prepare(network)
         self.network = engine.unwrap(self.model)
         self.optimizer = optimizer_for(config, self.network)
 

@@ -29,7 +29,8 @@ Evaluate a trained checkpoint under the protocols of OAT:
   stored   the mean training anchor: one image in, one answer out
   argmax   the largest output (a network trained with cross-entropy alone)
 
-Predicted labels do not depend on the number of processes or on --batch-size.
+Predicted labels do not depend on the number of processes or on --batch-size. The network runs in fp32, also one that
+was trained in bf16.
 
 examples:
   python launch/evaluate.py runs/quickstart
@@ -46,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="packed data set; default: the one the run trained on")
     parser.add_argument("--split", help="split to evaluate on; default: the run's data.eval_split")
     parser.add_argument("--batch-size", type=int, default=256, help="forward batch of each process (default 256)")
-    parser.add_argument("--seed", type=int, default=0, help="protocol batch: seed of the groups (default 0)")
-    parser.add_argument("--group-size", type=int, default=32, help="protocol batch: samples of a group (default 32)")
+    parser.add_argument("--seed", type=int, help="protocol batch: seed of the groups (default: the run's eval.seed)")
+    parser.add_argument("--group-size", type=int, help="protocol batch: samples of a group (default: the run's)")
     parser.add_argument("--predictions", type=Path, help="write id, label and prediction of every sample to this CSV")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
@@ -68,7 +69,7 @@ def chosen_checkpoint(run: Path, name: str | None) -> Checkpoint:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.batch_size < 1 or arguments.group_size < 1:
+    if arguments.batch_size < 1 or (arguments.group_size is not None and arguments.group_size < 1):
         raise OatError("--batch-size and --group-size must be at least 1")
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise OatError(f"{arguments.predictions}: no such folder to write to")
@@ -83,10 +84,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation | None, dict[str, object]]:
     checkpoint = world.together(chosen_checkpoint, arguments.run, arguments.checkpoint)
     run_folder = checkpoint.folder.parent.parent
-    if arguments.data is None or arguments.split is None:
-        data = world.together(read_config, run_folder)["data"]
-        arguments.data = arguments.data or Path(data["path"])
-        arguments.split = arguments.split or data["eval_split"]
+    grouping = {"seed": 0, "group_size": 32}
+    if (run_folder / "config.yaml").exists() or arguments.data is None or arguments.split is None:
+        config = world.together(read_config, run_folder)
+        arguments.data = arguments.data or Path(config["data"]["path"])
+        arguments.split = arguments.split or config["data"]["eval_split"]
+        grouping |= {key: config["eval"][key] for key in grouping if key in config.get("eval", {})}
+    seed = grouping["seed"] if arguments.seed is None else arguments.seed
+    group_size = grouping["group_size"] if arguments.group_size is None else arguments.group_size
     if arguments.split is None:
         raise OatError(f"{run_folder}: the run has no data.eval_split; name one with --split")
     network, card, stored_anchor_C = load_network(checkpoint)
@@ -105,14 +110,14 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation |
         floor=card["floor"],
         stored_anchor_C=stored_anchor_C,
         batch_size=arguments.batch_size,
-        group_size=arguments.group_size,
-        seed=arguments.seed,
+        group_size=group_size,
+        seed=seed,
     )
     facts = {
         "checkpoint": str(checkpoint.folder),
         "split": arguments.split,
-        "seed": arguments.seed,
-        "group_size": arguments.group_size,
+        "seed": seed,
+        "group_size": group_size,
         "undecodable": 0 if evaluation is None else shards.num_samples - len(evaluation.labels_N),
     }
     return evaluation, facts
