@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -67,7 +68,7 @@ def loss_not_finite(step: int, epoch: int, phase: str, folder: Path) -> Training
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run `command`, turning an `OatError` into one line on stderr and exit status 2."""
+    """Run `command`, turning what a user can mend into one line on stderr and exit status 2."""
     try:
         return command()
     except OatError as error:
@@ -82,3 +83,10 @@ def run_command(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # `oat-dist ... | head`: the reader has gone, and that is its right
         sys.stderr.close()
         return 141
+    except OSError as error:
+        # A full disk, a folder without permission: the system's words say what, and mostly where.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror}; mend that and start again", file=sys.stderr, flush=True)
+        return 2

@@ -13,7 +13,7 @@ import yaml
 
 from oat_dist.config import Config, to_yaml
 from oat_dist.distributed import World
-from oat_dist.errors import CheckpointError, OatError
+from oat_dist.errors import CheckpointError, OatError, TrainingError
 from oat_dist.files import folder_lock, write_atomic
 
 __all__ = ["RunFolder", "read_config"]
@@ -105,8 +105,14 @@ class RunFolder:
     def log(self, **record: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.world.is_main:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.metrics_path.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.metrics_path}: cannot be written ({error.strerror}); mend that and start again: "
+                    "the run resumes from its newest checkpoint"
+                ) from error
 
     def rewind(self, step: int) -> None:
         """Drop the metrics after `step`, which the resumed run will log again, and a torn last line."""

@@ -209,7 +209,10 @@ def test_evaluate_with_a_damaged_run_config(
     message = refusal(capsys, evaluate.main, run)
     assert message.startswith(str(run))
     assert "config.yaml" in message
-    assert run_json(capsys, run, "--data", tiny_run.data, "--split", "test")["split"] == "test"
+    named = ("--data", tiny_run.data, "--split", "test")
+    assert run_json(capsys, run, *named, "--seed", 0, "--group-size", 32)["split"] == "test"
+    assert evaluate.main([*map(str, (run, *named))]) == 0
+    assert "protocol batch uses seed 0 and groups of 32" in capsys.readouterr().err
 
 
 def test_an_undecodable_sample_is_left_out_and_counted(tiny_run: TinyRun, capsys: Capture, tmp_path: Path) -> None:

@@ -173,6 +173,12 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_saves_nothing_after(
         assert all(number < step for number in saved), (world, saved, step)
 
 
+def test_saving_by_the_clock(runs: Path) -> None:
+    """At every log line, once the time has passed, on all ranks alike; and at the end."""
+    saved = {path.name for path in (runs / "minutes" / "checkpoints").glob("step-*")}
+    assert saved == {"step-8", "step-16", "step-20"}
+
+
 def test_a_folder_of_another_configuration_is_refused(campaigns: dict[int, tuple[Path, Any]]) -> None:
     for _, found in campaigns.values():
         for rank in found:

@@ -124,6 +124,7 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
         "log.every_steps=100",
     )
     found["collectives global"] = [counts["all_reduce"], trainer.step]
+    fit(engine, root, data, "minutes", "checkpoint.every_minutes=1e-9", "checkpoint.keep=9", "max_steps=20")
     try:
         fit(engine, root, data, "diverged", "anchor.center=logits", "optim.lr=1000", "checkpoint.every_steps=5")
     except OatError as error:

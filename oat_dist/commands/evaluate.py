@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,11 +86,16 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation |
     checkpoint = world.together(chosen_checkpoint, arguments.run, arguments.checkpoint)
     run_folder = checkpoint.folder.parent.parent
     grouping = {"seed": 0, "group_size": 32}
-    if (run_folder / "config.yaml").exists() or arguments.data is None or arguments.split is None:
+    try:
         config = world.together(read_config, run_folder)
         arguments.data = arguments.data or Path(config["data"]["path"])
         arguments.split = arguments.split or config["data"]["eval_split"]
         grouping |= {key: config["eval"][key] for key in grouping if key in config.get("eval", {})}
+    except OatError as error:  # a checkpoint on its own will do where the command line says what it lacks
+        if arguments.data is None or arguments.split is None:
+            raise
+        if world.is_main and (arguments.seed is None or arguments.group_size is None):
+            print(f"note: {error}; protocol batch uses seed 0 and groups of 32", file=sys.stderr)
     seed = grouping["seed"] if arguments.seed is None else arguments.seed
     group_size = grouping["group_size"] if arguments.group_size is None else arguments.group_size
     if arguments.split is None:

@@ -293,7 +293,8 @@ def test_kill_between_the_two_renames_of_an_overwrite_is_mended(tmp_path: Path) 
 
 
 SLOW_PACKER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background has it ignored
 from oat_dist.data.packing import write_shards
 data = open(sys.argv[1], "rb").read()
 def slow():
