@@ -64,6 +64,9 @@ class Evaluation:
     labels_N: Tensor
     protocols: dict[str, ProtocolResult] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {result.accuracy:.2%}" for name, result in self.protocols.items())
+
     def summary(self, classes: list[str]) -> dict[str, Any]:
         """What goes into evaluation.json."""
         num_classes = len(classes)

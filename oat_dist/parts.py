@@ -123,12 +123,13 @@ def optimizer_for(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def learning_rate(config: Config, steps_per_epoch: int, total_steps: int) -> Schedule:
+def learning_rate(config: Config, steps_per_epoch: int) -> Schedule:
+    """Over all epochs; where `max_steps` stops a run earlier, the rest of the schedule is still to come."""
     optim = config.optim
     return Schedule(
         optim.schedule,
         optim.lr,
-        total_steps,
+        config.epochs * steps_per_epoch,
         warmup=round(optim.warmup_epochs * steps_per_epoch),
         step_length=max(round(optim.step_epochs * steps_per_epoch), 1),
         gamma=optim.step_gamma,

@@ -14,6 +14,7 @@ import yaml
 from oat_dist.config import Config, to_yaml
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError, OatError, TrainingError
+from oat_dist.evaluate import Evaluation
 from oat_dist.files import folder_lock, write_atomic
 
 __all__ = ["RunFolder", "read_config"]
@@ -113,6 +114,11 @@ class RunFolder:
                     f"{self.metrics_path}: cannot be written ({error.strerror}); mend that and start again: "
                     "the run resumes from its newest checkpoint"
                 ) from error
+
+    def log_evaluation(self, evaluation: Evaluation, **where: Any) -> None:
+        """One line a protocol."""
+        for name, result in evaluation.protocols.items():
+            self.log(**where, protocol=name, accuracy=result.accuracy, correct=result.correct, total=result.total)
 
     def rewind(self, step: int) -> None:
         """Drop the metrics after `step`, which the resumed run will log again, and a torn last line."""

@@ -59,9 +59,9 @@ def finish_run(trainer: Trainer) -> None:
         print(
             f"best      step {best['step']:,}: {best['accuracy']:.2%} ({best['protocol']}, selected on {best['split']})"
         )
-    if trainer.data.builder.bad:
-        print(f"skipped   {len(trainer.data.builder.bad)} undecodable image(s) on rank 0:")
-        for sample_id, reason in list(trainer.data.builder.bad.items())[:10]:
+    if trainer.bad:
+        print(f"skipped   {len(trainer.bad)} undecodable image(s); metrics.jsonl lists them all:")
+        for sample_id, reason in sorted(trainer.bad.items())[:10]:
             print(f"            {trainer.data.train_set.describe(sample_id)}: {reason}")
     print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}")
     print(f"report    {report}")

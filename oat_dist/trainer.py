@@ -63,7 +63,7 @@ class Trainer:
         self.steps_per_epoch = self.data.loader.steps_per_epoch
         self.pretrain_steps = config.pretrain_epochs * self.steps_per_epoch
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
-        self.learning_rate = learning_rate(config, self.steps_per_epoch, self.total_steps)
+        self.learning_rate = learning_rate(config, self.steps_per_epoch)
 
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
@@ -75,6 +75,7 @@ class Trainer:
 
         self.step = 0
         self.best: dict[str, Any] = {}
+        self.bad: dict[int, str] = {}  # undecodable samples of all ranks, known at the end: id -> why
         self.evaluation: Evaluation | None = None
         self.evaluated_at = self.saved_at = -1
         self.meter = Meter(self.world, config.log.every_steps)
@@ -177,8 +178,9 @@ class Trainer:
             ) from error
         self.meter.add_loss(loss)
         anchors_GC = objective.anchors()
-        if anchors_GC is not None and not batch.empty:
-            self.anchor_mean.add(anchors_GC)
+        if anchors_GC is not None:
+            statistics = self.criterion.statistics
+            self.anchor_mean.add(anchors_GC, None if valid_B is None or statistics is None else statistics.count_G > 0)
 
     def _after_step(self, epoch: int) -> None:
         """Log, evaluate and save when it is time; the same decisions on every rank."""
@@ -198,8 +200,6 @@ class Trainer:
             improved = self.validate()
             self.meter.pause(time.perf_counter() - started)
         if due or improved:
-            if self.meter.steps:  # due by the clock between two lines
-                self._log(epoch)
             started = time.perf_counter()
             self._save(improved)
             self.meter.pause(time.perf_counter() - started)
@@ -232,19 +232,9 @@ class Trainer:
         scores = None
         if evaluation is not None:
             epoch, phase = self.step // self.steps_per_epoch, self.trained_with.name
-            for name, result in evaluation.protocols.items():
-                self.folder.log(
-                    step=self.step,
-                    epoch=epoch,
-                    phase=phase,
-                    split=self.config.data.eval_split,
-                    protocol=name,
-                    accuracy=result.accuracy,
-                    correct=result.correct,
-                    total=result.total,
-                )
-            line = "  ".join(f"{name} {result.accuracy:.2%}" for name, result in evaluation.protocols.items())
-            self.display.say(f"epoch {epoch}/{self.config.epochs} {self.config.data.eval_split}: {line}")
+            split = self.config.data.eval_split
+            self.folder.log_evaluation(evaluation, step=self.step, epoch=epoch, phase=phase, split=split)
+            self.display.say(f"epoch {epoch}/{self.config.epochs} {split}: {evaluation}")
             name = "argmax" if "argmax" in evaluation.protocols else self.config.eval.protocol
             scores = {"protocol": name, "accuracy": evaluation.protocols[name].accuracy}
         scores = self.world.gather_objects(scores)[0]
@@ -299,6 +289,11 @@ class Trainer:
                 self.evaluation = self.evaluate()
             if self.evaluation is not None:
                 self.folder.write_json("evaluation.json", {**self._facts(), **self.evaluation.summary(self.classes)})
+        for found in self.world.gather_objects(self.data.builder.bad):
+            self.bad.update(found)
+        if self.bad:
+            names = [self.data.train_set.describe(sample_id) for sample_id in sorted(self.bad)]
+            self.folder.log(event="skipped", step=self.step, samples=names, time=time.time())
         self.folder.log(event="finished", step=self.step, time=time.time())
 
 
