@@ -72,17 +72,20 @@ class Checkpoint:
         except (OSError, ValueError) as error:  # not JSON, or not even text
             raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
 
-    def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
-
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: every file of its manifest is there with its checksum."""
+    """What is wrong with a checkpoint folder, or None: every file of its manifest is there with its checksum.
+
+    Raises:
+        CheckpointError: the file system does not let us read it, which says nothing about the checkpoint.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, not text, not JSON, not ours
+    except (*_ABSENT, ValueError, KeyError, TypeError, AttributeError):  # absent, not text, not JSON, not ours
         return f"{folder / _MANIFEST} is missing or damaged"
+    except OSError as error:
+        raise _unreadable(folder / _MANIFEST, error) from error
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name:
@@ -90,9 +93,18 @@ def verify(folder: Path) -> str | None:
         try:
             if (path.stat().st_size, sha256_file(path)) != expected:
                 return f"{path} is damaged (checksum differs)"
-        except (OSError, ValueError) as error:  # also: a training has just pruned it; a name that none can have
-            return f"{path} cannot be read ({error})"
+        except (*_ABSENT, ValueError) as error:  # also: a training has just pruned it; a name that none can have
+            return f"{path} is missing ({error})"
+        except OSError as error:
+            raise _unreadable(path, error) from error
     return None
+
+
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({error.strerror}); mend that and start again")
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -149,19 +161,53 @@ class CheckpointStore:
         self.world = world
         self.keep = keep
         self.token: str = world.gather_objects(uuid.uuid4().hex)[0]
-        if world.is_main:
-            root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(".tmp-*"):
+        world.together(self._claim)
+        world.together(self._see)
+
+    def _claim(self) -> None:
+        if self.world.is_main:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(".tmp-*"):
                 shutil.rmtree(leftover)
-            write_atomic(root / "attempt", self.token + "\n")
-        seen = world.all_agree(True) and (root / "attempt").is_file()
-        if not world.all_agree(seen):
-            raise CheckpointError(f"{root}: not visible to every rank; output_dir must lie on a shared file system")
+            write_atomic(self.root / "attempt", self.token + "\n")
+
+    def _see(self) -> None:
+        if not (self.root / "attempt").is_file():
+            raise CheckpointError(
+                f"{self.root}: not visible to every rank; output_dir must lie on a shared file system"
+            )
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest valid checkpoint, the same on all ranks, and the damaged ones that were passed over."""
-        found = _newest(self.root) if self.world.is_main else (None, [])
-        return self.world.gather_objects(found)[0]
+        """The newest valid checkpoint, the same on all ranks, and what was wrong with newer ones.
+
+        Those are renamed to ``aside-step-<n>``: nobody will take them for checkpoints, and nothing is lost.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all are damaged: starting anew would overwrite them.
+        """
+        return self.world.gather_objects(self.world.together(self._find))[0]
+
+    def _find(self) -> tuple[Checkpoint | None, list[str]]:
+        if not self.world.is_main:
+            return None, []
+        found, problems = _newest(self.root)
+        if found is None and problems:
+            raise CheckpointError(
+                f"{self.root}: every checkpoint is damaged: {problems[0]}; restore one, or choose another output_dir"
+            )
+        for step in _steps(self.root):
+            if found is not None and step > found.step:
+                _set_aside(self.root / f"step-{step}")
+        return found, problems
+
+    def point(self, newest: Checkpoint, best: int | None) -> None:
+        """Let ``latest`` and ``best`` name what a resumed run has; a kill may have come before they were written."""
+        if self.world.is_main:
+            write_atomic(self.root / "latest", newest.folder.name + "\n")
+            if best is not None and (self.root / f"step-{best}").is_dir():
+                write_atomic(self.root / "best", f"step-{best}\n")
+            else:
+                (self.root / "best").unlink(missing_ok=True)
 
     def save(
         self,
@@ -187,11 +233,6 @@ class CheckpointStore:
         digests = self.world.gather_objects(self._stage(self._write, folder, shared, own))
         self._stage(self._publish, folder, final, {k: v for part in digests for k, v in part.items()}, best)
         return final
-
-    def mark_best(self, step: int) -> None:
-        """Let ``checkpoints/best`` name an existing checkpoint."""
-        if self.world.is_main:
-            write_atomic(self.root / "best", f"step-{step}\n")
 
     def best(self) -> str | None:
         return _named(self.root / "best")
@@ -237,8 +278,8 @@ class CheckpointStore:
         fsync_folder(folder)
         if _named(self.root / "attempt") != self.token:
             raise CheckpointError(f"{self.root}: a newer start of this run has taken over; this process must stop")
-        if final.exists():  # left by an attempt that got further, whose checkpoint was found damaged
-            shutil.rmtree(final)
+        if final.exists():  # of an attempt from which this one does not descend
+            _set_aside(final)
         folder.rename(final)
         fsync_folder(self.root)
         write_atomic(self.root / "latest", final.name + "\n")
@@ -248,13 +289,18 @@ class CheckpointStore:
 
     def _prune(self, newest: Path) -> None:
         """Remove what is neither among the newest `keep` nor the best. `newest` has just been written and verified."""
-        steps, current = _steps(self.root), _step_of(newest)
-        assert current is not None
-        # Anything beyond the current step belongs to a future that was abandoned (damaged): not worth a place.
-        kept = {f"step-{step}" for step in [s for s in steps if s <= current][: self.keep]} | {self.best()}
+        steps = _steps(self.root)
+        kept = {newest.name, self.best(), *(f"step-{step}" for step in steps[: self.keep])}
         for step in steps:
             if f"step-{step}" not in kept:
                 shutil.rmtree(self.root / f"step-{step}")
+
+
+def _set_aside(folder: Path) -> None:
+    target = folder.with_name(f"aside-{folder.name}")
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
 
 
 def _named_errors(root: Path, action: Callable[..., Any], *arguments: Any) -> Any:

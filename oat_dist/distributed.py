@@ -39,12 +39,10 @@ def all_reduce_sum_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> T
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run: global `rank` of `size`, `local_rank` of `local_size` on this machine."""
+    """This process among all of the run: `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -71,11 +69,14 @@ class World:
         Raises:
             OatError: the first rank's problem, marked as raised everywhere.
         """
-        problem, result = None, None
+        problem: OatError | None = None
+        result = None
         try:
             result = action(*arguments)
         except OatError as error:
             problem = error
+        except OSError as error:
+            problem = OatError(f"{error.filename or 'a file'}: {error.strerror}; mend that and start again")
         if not self.all_agree(problem is None):
             problem = next(p for p in self.gather_objects(problem) if p is not None)
             problem.everywhere = True

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from oat_dist.distributed import World
-from oat_dist.errors import LaunchError
+from oat_dist.errors import LaunchError, TrainingError
 
 __all__ = ["Engine", "start_engine"]
 
@@ -81,6 +81,15 @@ class Engine:
             for buffer, kept in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(kept)
 
+    @staticmethod
+    @contextlib.contextmanager
+    def memory(remedy: str) -> Iterator[None]:
+        """Turn a GPU that runs out of memory inside the block into an error that says what to change."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(f"out of GPU memory; {remedy}") from error
+
     def sync_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save the same network."""
         for buffer in model.buffers():
@@ -117,6 +126,7 @@ def start_engine(
                 "launch with one of configs/accelerate/"
             )
     chosen = _precision(precision)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
         "1",
         "true",
@@ -128,6 +138,11 @@ def start_engine(
         # Without the variable a torchrun or accelerate launch without GPUs starts ranks that do not see each other.
         os.environ["ACCELERATE_USE_CPU"] = "true"
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    elif local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many "
+            "processes as GPUs (--num_processes), or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -142,8 +157,6 @@ def start_engine(
     world = World(
         rank=accelerator.process_index,
         size=accelerator.num_processes,
-        local_rank=accelerator.local_process_index,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=accelerator.device,
     )
     _check(accelerator, world, asked, processes)

@@ -16,6 +16,8 @@ __all__ = [
     "LaunchError",
     "OatError",
     "TrainingError",
+    "loss_not_finite",
+    "not_finite",
     "run_command",
 ]
 
@@ -59,11 +61,16 @@ def loss_not_finite(step: int, epoch: int, phase: str, folder: Path) -> Training
     remedy = "lower optim.lr or set optim.clip_norm"
     if phase == "oat":
         remedy += ", or bound the targets with anchor.floor or anchor.center=probabilities"
-    error = TrainingError(
+    return not_finite(
         f"the loss is not finite at step {step:,} (epoch {epoch + 1}, phase {phase}); {remedy}; "
         f"{folder} keeps its checkpoints from before"
     )
-    error.everywhere = True  # the reduced losses are the same on every rank
+
+
+def not_finite(text: str) -> TrainingError:
+    """Numbers that are the same on every rank have turned NaN or infinite."""
+    error = TrainingError(text)
+    error.everywhere = True
     return error
 
 

@@ -23,7 +23,7 @@ from oat_dist.anchor import invert
 from oat_dist.batch import Batch
 from oat_dist.data.plan import EpochOrder
 from oat_dist.distributed import World
-from oat_dist.errors import DataError
+from oat_dist.errors import DataError, not_finite
 from oat_dist.objectives import oat_scores
 
 __all__ = ["PROTOCOLS", "Evaluation", "Outputs", "ProtocolResult", "collect", "judge"]
@@ -94,6 +94,7 @@ def collect(
     Memory on rank 0: 12 bytes x N x C.
 
     Raises:
+        TrainingError: outputs that are not finite, on every rank.
         DataError: some sample was not seen exactly once.
     """
     ids, labels, valid, logits = [], [], [], []
@@ -118,6 +119,8 @@ def collect(
         dim=1,
     )
     all_logits_NC = torch.cat(logits) if logits else outputs_BC.new_zeros((0, width))
+    if not world.all_agree(bool(torch.isfinite(all_logits_NC).all())):
+        raise not_finite("outputs of the network are not finite: it has diverged; go back to an earlier checkpoint")
     table = world.gather_rows(table_N3)
     gathered = world.gather_rows(all_logits_NC)
     if table is None or gathered is None:

@@ -64,4 +64,8 @@ def folder_lock(folder: Path, refusal: str, *, name: str = ".lock") -> Iterator[
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OatError(refusal) from None
+        except OSError as error:
+            raise OatError(
+                f"{folder}: its file system does not lock files ({error.strerror}); choose a folder on another one"
+            ) from error
         yield

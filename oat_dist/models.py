@@ -168,7 +168,7 @@ def takes_single_samples(network: nn.Module, image_size: int) -> bool:
         return True
     before = {key: value.clone() for key, value in network.state_dict().items()}
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             network.train()(torch.zeros(1, 3, image_size, image_size))
     except ValueError:
         return False

@@ -78,11 +78,15 @@ def build_data(config: Config, world: World) -> DataParts:
     return DataParts(train_set, eval_set, loader, Normalise(data.mean, data.std, world.device))
 
 
-def build_network(config: Config, num_classes: int, world: World) -> nn.Module:
+def build_network(config: Config, num_classes: int, world: World, *, initial_weights: bool = True) -> nn.Module:
     """The network with the same initial weights on every rank, and random numbers of its own (dropout) from here on."""
     torch.manual_seed(config.seed)
     network: nn.Module = world.together(
-        build_model, config.model.name, num_classes, config.model.weights, config.data.image_size
+        build_model,
+        config.model.name,
+        num_classes,
+        config.model.weights if initial_weights else None,
+        config.data.image_size,
     )
     torch.manual_seed(keyed_hash_int(config.seed, world.rank) >> 1)
     return network

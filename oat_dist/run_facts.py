@@ -18,7 +18,7 @@ from oat_dist.distributed import World
 from oat_dist.engine import Engine
 from oat_dist.parts import DataParts
 
-__all__ = ["environment", "model_card", "run_facts"]
+__all__ = ["environment", "model_card", "run_facts", "run_identity"]
 
 
 def environment(world: World, **facts: Any) -> dict[str, Any]:
@@ -43,15 +43,22 @@ def environment(world: World, **facts: Any) -> dict[str, Any]:
 
 def run_facts(config: Config, engine: Engine, data: DataParts, network: nn.Module) -> dict[str, Any]:
     return {
+        **run_identity(data, engine),
         "engine": config.engine.name,
-        "precision": engine.precision,
         "threads": engine.threads,
         "classes": data.train_set.classes,
         "train_samples": data.train_set.num_samples,
-        "train_digest": data.train_set.digest,
         "eval_samples": data.eval_set.num_samples if data.eval_set else 0,
-        "eval_digest": data.eval_set.digest if data.eval_set else None,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
+
+
+def run_identity(data: DataParts, engine: Engine) -> dict[str, Any]:
+    """What must be the same when a run goes on, besides its configuration."""
+    return {
+        "train_digest": data.train_set.digest,
+        "eval_digest": data.eval_set.digest if data.eval_set else None,
+        "precision": engine.precision,
     }
 
 

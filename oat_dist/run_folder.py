@@ -29,6 +29,8 @@ _MAY_CHANGE = {
     "data.path",  # may move; the digest must stay
     "data.workers",
     "data.prefetch",
+    "data.on_bad",  # what to do about a damaged image is known only once there is one
+    "data.max_bad",
     "engine.processes",
     "engine.threads",
     "engine.timeout_minutes",
@@ -72,6 +74,8 @@ class RunFolder:
     def adopt(self, config: Config) -> None:
         """Take the folder for `config`, or check that it already is this configuration's.
 
+        A folder in which nothing was saved yet belongs to nobody.
+
         Raises:
             CheckpointError: the folder belongs to another configuration (the differing keys are named), or holds a
                 run while ``resume=false``.
@@ -79,7 +83,7 @@ class RunFolder:
         if not self.world.is_main:
             return
         path = self.path / "config.yaml"
-        if path.exists():
+        if path.exists() and any((self.path / "checkpoints").glob("step-*")):
             if not config.resume:
                 raise CheckpointError(f"{self.path}: holds a run, and resume=false; choose another output_dir")
             try:
@@ -120,19 +124,16 @@ class RunFolder:
         for name, result in evaluation.protocols.items():
             self.log(**where, protocol=name, accuracy=result.accuracy, correct=result.correct, total=result.total)
 
-    def rewind(self, step: int) -> None:
-        """Drop the metrics after `step`, which the resumed run will log again, and a torn last line."""
-        if not self.world.is_main or not self.metrics_path.exists():
-            return
-        kept = []
-        for line in self.metrics_path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record.get("step", 0) <= step:
-                kept.append(line + "\n")
-        write_atomic(self.metrics_path, "".join(kept))
+    def cut_torn_line(self) -> None:
+        """End metrics.jsonl at its last whole line: a kill may have cut the next one short.
+
+        Lines after the step that the run resumes from stay: they are the evidence that training them again takes the
+        same samples. A ``resume`` event says from which step on later lines count.
+        """
+        if self.world.is_main and self.metrics_path.exists():
+            with self.metrics_path.open("r+b") as file:
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -147,7 +148,8 @@ def read_config(run: Path) -> dict[str, Any]:
         raise OatError(f"{run}: not a run folder, config.yaml is missing; give the output_dir of a training") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OatError(f"{run / 'config.yaml'}: cannot be read ({error.__class__.__name__})") from error
-    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or not {"path", "eval_split"} <= data.keys():
         raise OatError(f"{run / 'config.yaml'}: damaged, it has no section data; give --data and --split")
     return values
 

@@ -55,7 +55,11 @@ def finish_run(trainer: Trainer) -> None:
         print(f"accuracy  on {config.data.eval_split}, {len(evaluation.labels_N):,} samples, last step:")
         for name, result in evaluation.protocols.items():
             print(f"            {name:<8} {result.accuracy:.2%}")
-        best = trainer.best
+        left_out = 0 if trainer.data.eval_set is None else trainer.data.eval_set.num_samples - len(evaluation.labels_N)
+        if left_out:
+            print(f"            {left_out:,} undecodable sample(s) left out")
+    best = trainer.best
+    if best:
         print(
             f"best      step {best['step']:,}: {best['accuracy']:.2%} ({best['protocol']}, selected on {best['split']})"
         )

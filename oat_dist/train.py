@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from oat_dist.config import Config, describe_keys, load_config
 from oat_dist.engine import Engine, start_engine
 from oat_dist.errors import LaunchError, run_command
@@ -62,9 +64,11 @@ def _train(config: Config, engine: Engine) -> None:
             finish_run(trainer)
     except RuntimeError as error:
         # The peer that stopped first has said why; this is only how the others notice.
-        if engine.world.size > 1 and any(sign in str(error) for sign in _PEER_IS_GONE):
+        gone = isinstance(error, torch.distributed.DistBackendError) or any(s in str(error) for s in _PEER_IS_GONE)
+        if engine.world.size > 1 and gone:
             raise LaunchError(
-                f"rank {engine.world.rank} stops because another rank has stopped; the reason is in that rank's output"
+                f"rank {engine.world.rank} stops because another rank has stopped; the reason is in that rank's output "
+                f"({str(error).splitlines()[0]})"
             ) from error
         raise
 

@@ -21,7 +21,7 @@ from oat_dist.checkpoint import CheckpointStore
 from oat_dist.config import Config
 from oat_dist.console import Display
 from oat_dist.engine import Engine
-from oat_dist.errors import TrainingError, loss_not_finite
+from oat_dist.errors import loss_not_finite
 from oat_dist.evaluate import Evaluation
 from oat_dist.metrics import AnchorMean, Meter
 from oat_dist.models import norms_frozen
@@ -34,7 +34,7 @@ from oat_dist.parts import (
     learning_rate,
     optimizer_for,
 )
-from oat_dist.run_facts import environment, model_card, run_facts
+from oat_dist.run_facts import environment, model_card, run_facts, run_identity
 from oat_dist.run_folder import RunFolder
 from oat_dist.training_state import TrainingState
 from oat_dist.validation import evaluate_network
@@ -60,6 +60,7 @@ class Trainer:
 
         self.data = build_data(config, self.world)
         self.classes = self.data.train_set.classes
+        self.identity = run_identity(self.data, engine)
         self.steps_per_epoch = self.data.loader.steps_per_epoch
         self.pretrain_steps = config.pretrain_epochs * self.steps_per_epoch
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
@@ -67,7 +68,9 @@ class Trainer:
 
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
-        network = build_network(config, len(self.classes), self.world)
+        # A run that goes on has its weights in its checkpoint; the file it started from may be gone.
+        resumes = any((self.folder.path / "checkpoints").glob("step-*"))
+        network = build_network(config, len(self.classes), self.world, initial_weights=not resumes)
         check_single_samples(config, self.data.loader, network)
         self.model = engine.prepare(network)
         self.network = engine.unwrap(self.model)
@@ -77,8 +80,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.bad: dict[int, str] = {}  # undecodable samples of all ranks, known at the end: id -> why
         self.evaluation: Evaluation | None = None
-        self.evaluated_at = self.saved_at = -1
-        self.meter = Meter(self.world, config.log.every_steps)
+        self.evaluated_at = -1
+        self.meter = Meter(self.world, min(config.log.every_steps, self.steps_per_epoch))
         self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
         self.state = TrainingState(self.network, self.optimizer, self.anchor_mean, self.meter, self.world)
 
@@ -96,9 +99,7 @@ class Trainer:
         """Train to the end, from the newest checkpoint if there is one."""
         with self.folder.locked():
             self.world.together(self.folder.adopt, self.config)
-            self.store = self.world.together(
-                CheckpointStore, self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep
-            )
+            self.store = CheckpointStore(self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep)
             size = self.config.data.image_size
             self.engine.warm_up(self.model, torch.zeros(2, 3, size, size, device=self.world.device))
             self._start()
@@ -111,16 +112,19 @@ class Trainer:
         for problem in damaged:
             self.display.say(f"warning: passed over a checkpoint: {problem}")
         if newest is not None:
-            facts = self.world.together(self.state.restore, newest, self.data.train_set.digest)
+            facts = self.world.together(self.state.restore, newest, self.identity)
             self.step, self.best = facts["step"], facts["best"]
+            self.world.together(self.store.point, newest, self.best.get("step"))
             self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
-        self.folder.rewind(self.step)
-        facts = run_facts(self.config, self.engine, self.data, self.network)
-        self.folder.write_json("environment.json", environment(self.world, **facts))
-        self.folder.log(event="resume" if newest else "start", step=self.step, time=time.time())
+        self.folder.cut_torn_line()
+        if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
+            facts = run_facts(self.config, self.engine, self.data, self.network)
+            self.folder.write_json("environment.json", environment(self.world, **facts))
+            how = {"world_size": self.world.size, "precision": self.engine.precision, "threads": self.engine.threads}
+            self.folder.log(event="resume" if newest else "start", step=self.step, time=time.time(), **how)
 
     def _train(self) -> None:
-        self.saved_at, self.saved_time = self.step, time.monotonic()
+        self.saved_time = time.monotonic()
         windows = self.data.loader.windows(self.step, self.total_steps)
         self.meter.restart()
         while self.step < self.total_steps:
@@ -137,6 +141,7 @@ class Trainer:
     def _begin_oat(self) -> None:
         """As the authors do with two scripts: the weights go on, the momentum starts anew."""
         self.optimizer.state.clear()
+        self.best = {}  # of the phase: an accuracy under another protocol is no measure for it
         if self.step:
             self.display.say(f"step {self.step:,}: cross-entropy ends, OAT begins")
             self.folder.log(event="phase", step=self.step, phase="oat", time=time.time())
@@ -159,23 +164,20 @@ class Trainer:
         norm = None
         if self.config.optim.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
+        with self.engine.memory("the optimizer's state does not fit; use sgd, a smaller model or more GPU memory"):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _forward_backward(self, batch: Batch, num_samples: int | Tensor) -> None:
-        try:
+        smaller = f"try micro_batch_size={max(len(batch) // 2, 1)} at the same batch_size={self.config.batch_size}"
+        with self.engine.memory(f"rank {self.world.rank} held {len(batch)} samples: {smaller}"):
             logits_BC = self.model(self.data.normalise(batch.images_BHWC))
             labels_B = batch.labels_B.to(self.world.device, non_blocking=True)
             valid_B = None if batch.valid_B is None else batch.valid_B.to(self.world.device, non_blocking=True)
             objective = self.objective
             loss = objective.loss(logits_BC, labels_B, num_samples, valid_B)
             loss.backward()
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory with {len(batch)} samples on rank {self.world.rank}; try micro_batch_size="
-                f"{max(len(batch) // 2, 1)} at the same batch_size={self.config.batch_size}"
-            ) from error
         self.meter.add_loss(loss)
         anchors_GC = objective.anchors()
         if anchors_GC is not None:
@@ -249,26 +251,30 @@ class Trainer:
         assert self.data.eval_set is not None
         self.engine.sync_buffers(self.network)
         config, anchored = self.config, self.trained_with.name == "oat"
-        return evaluate_network(
-            self.network,
-            self.data.eval_set,
-            self.data.normalise,
-            self.world,
-            image_size=config.data.image_size,
-            center=self.criterion.center if anchored else None,
-            floor=self.criterion.anchor_floor,
-            stored_anchor_C=self.anchor_mean.value(self.world),
-            batch_size=config.eval.batch_size,
-            workers=config.data.workers,
-            group_size=config.eval.group_size,
-            seed=config.eval.seed,
-        )
+        with self.engine.memory(f"lower eval.batch_size={config.eval.batch_size}; it changes no answer"):
+            return evaluate_network(
+                self.network,
+                self.data.eval_set,
+                self.data.normalise,
+                self.world,
+                image_size=config.data.image_size,
+                center=self.criterion.center if anchored else None,
+                floor=self.criterion.anchor_floor,
+                stored_anchor_C=self.anchor_mean.value(self.world),
+                batch_size=config.eval.batch_size,
+                workers=config.data.workers,
+                group_size=config.eval.group_size,
+                seed=config.eval.seed,
+                on_bad=config.data.on_bad,
+                max_bad=config.data.max_bad,
+            )
 
     def _save(self, best: bool) -> None:
         self.engine.sync_buffers(self.network)
+        self.state.check_finite(self.step, self.folder.path)
         shared = self.state.shared(self._facts(), model_card(self.config, self.classes, self.trained_with.name))
         self.store.save(self.step, shared, self.state.own(), best)
-        self.saved_at, self.saved_time = self.step, time.monotonic()
+        self.saved_time = time.monotonic()
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -279,7 +285,7 @@ class Trainer:
             "phase": self.trained_with.name,
             "split": self.config.data.eval_split,
             "best": self.best,
-            "train_digest": self.data.train_set.digest,
+            **self.identity,
         }
 
     def _finish(self) -> None:

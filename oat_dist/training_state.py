@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from oat_dist.checkpoint import Checkpoint, load_optimizer, optimizer_tensors, rng_tensors, set_rng
 from oat_dist.distributed import World
-from oat_dist.errors import CheckpointError
+from oat_dist.errors import CheckpointError, not_finite
 from oat_dist.metrics import AnchorMean, Meter
 
 __all__ = ["TrainingState"]
@@ -26,6 +27,18 @@ class TrainingState:
     anchor_mean: AnchorMean
     meter: Meter
     world: World
+
+    def check_finite(self, step: int, folder: Path) -> None:
+        """Refuse to save a network that has diverged.
+
+        Raises:
+            TrainingError: on every rank, since all hold the same weights.
+        """
+        if not bool(torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all()):
+            raise not_finite(
+                f"the weights are not finite after step {step:,}, which is therefore not saved; lower optim.lr or set "
+                f"optim.clip_norm; {folder} keeps its checkpoints from before"
+            )
 
     def shared(self, facts: dict[str, Any], model_card: dict[str, Any]) -> dict[str, dict[str, Tensor] | str]:
         """Files that rank 0 writes. Every rank must call it: the stored anchor is reduced over all."""
@@ -51,18 +64,28 @@ class TrainingState:
             "fingerprint": torch.tensor([fingerprint >> 32, fingerprint & 0xFFFFFFFF]),
         }
 
-    def restore(self, checkpoint: Checkpoint, digest: str) -> dict[str, Any]:
+    def restore(self, checkpoint: Checkpoint, identity: dict[str, Any]) -> dict[str, Any]:
         """Load everything and return the facts it was saved with.
 
+        Args:
+            identity: facts that must be equal: digests of the data, precision.
+
         Raises:
-            CheckpointError: the checkpoint was trained on other data, or does not fit the network.
+            CheckpointError: the checkpoint was trained on other data or in another precision.
         """
         facts = checkpoint.json("state.json")
-        if facts["train_digest"] != digest:
+        if facts["precision"] != identity["precision"]:
             raise CheckpointError(
-                f"{checkpoint.folder}: was trained on other data; set data.path to the same packed data set, "
-                "or choose another output_dir"
+                f"{checkpoint.folder}: was trained in precision {facts['precision']}, and now it is "
+                f"{identity['precision']}; launch it as before, or choose another output_dir"
             )
+        for name in ("train_digest", "eval_digest"):
+            if facts[name] != identity[name]:
+                done = "trained" if name == "train_digest" else "evaluated"
+                raise CheckpointError(
+                    f"{checkpoint.folder}: was {done} on other data; set data.path to the same packed data set, "
+                    "or choose another output_dir"
+                )
         self.network.load_state_dict(checkpoint.tensors("model.safetensors"))
         load_optimizer(self.optimizer, self.network, checkpoint.tensors("optimizer.safetensors"))
         self._restore_own(checkpoint)

@@ -28,6 +28,8 @@ def evaluate_network(
     workers: int = 2,
     group_size: int = 32,
     seed: int = 0,
+    on_bad: str = "skip",
+    max_bad: int | None = None,
 ) -> Evaluation | None:
     """Forward a whole split once and judge it; the result on rank 0, None on the others.
 
@@ -35,10 +37,15 @@ def evaluate_network(
         network: on the device, in any mode (restored afterwards); the same on every rank.
         center: of the OAT anchors; None for a network trained with cross-entropy alone.
         batch_size: of the forward pass on each rank; changes speed only.
+        on_bad: "stop" at an undecodable image, or "skip" up to `max_bad` of them on each rank (None: any number),
+            which are then missing from the result's total.
 
-    Undecodable samples are left out and counted in the result's total.
+    Raises:
+        DataError: an undecodable image and ``on_bad="stop"``, more of them than `max_bad`, or nothing left.
     """
-    builder = BatchBuilder(shards, image_size, on_bad="skip", max_bad=shards.num_samples)
+    builder = BatchBuilder(
+        shards, image_size, on_bad=on_bad, max_bad=shards.num_samples if max_bad is None else max_bad
+    )
     training = network.training
     network.eval()
     try:
@@ -51,14 +58,18 @@ def evaluate_network(
     finally:
         network.train(training)
         builder.close()
-    if outputs is None:
-        return None
-    with torch.no_grad():
-        return judge(
-            outputs,
-            center=center,
-            floor=floor,
-            stored_anchor_C=stored_anchor_C,
-            group_size=group_size,
-            seed=seed,
-        )
+
+    def on_main() -> Evaluation | None:
+        if outputs is None:
+            return None
+        with torch.no_grad():
+            return judge(
+                outputs,
+                center=center,
+                floor=floor,
+                stored_anchor_C=stored_anchor_C,
+                group_size=group_size,
+                seed=seed,
+            )
+
+    return world.together(on_main)

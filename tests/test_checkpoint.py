@@ -82,7 +82,6 @@ def test_round_trip(root: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["world_size"] == 1
     assert set(manifest["files"]) == {"model.safetensors", "rank-00000.safetensors", "state.json"}
-    assert (checkpoint.has("state.json"), checkpoint.has("anchor.safetensors")) == (True, False)
     assert store.newest() == (checkpoint, [])
     for name in ("model.safetensors", "anchor.json"):
         with pytest.raises(CheckpointError, match=re.escape(f"{folder / name}: cannot be loaded")):
@@ -139,18 +138,19 @@ def test_damage_is_passed_over(root: Path, name: str, damage: Callable[[Path], N
     damage(root / "step-20" / name)
     where = str(root / "step-20" / name)
     assert find_checkpoint(root.parent).step == 10
+    refused = refusal(root / "step-20")
     newest, problems = store.newest()
     assert newest == Checkpoint(root / "step-10")
     assert len(problems) == 1
     assert problems[0].startswith(where)
-    assert refusal(root / "step-20") == f"{root / 'step-20'}: {problems[0]}"
+    assert refused == f"{root / 'step-20'}: {problems[0]}"
     assert find_checkpoint(root / "step-10").step == 10
     damage(root / "step-10" / name)
     assert find_checkpoint(root.parent).step == 5
     damage(root / "step-5" / name)
     assert (
         refusal(root.parent)
-        == f"{root.parent}: no valid checkpoint in this run folder; {where} " + problems[0][len(where) + 1 :]
+        == f"{root.parent}: no valid checkpoint in this run folder; {problems[0].replace('step-20', 'step-10')}"
     )
     save(store, 30)  # the run goes on nevertheless
     assert find_checkpoint(root.parent).step == 30
@@ -222,8 +222,41 @@ def test_latest_and_best(root: Path) -> None:
     assert ((root / "latest").read_text(), (root / "best").read_text()) == ("step-1\n", "step-1\n")
     save(store, 2)
     assert ((root / "latest").read_text(), (root / "best").read_text()) == ("step-2\n", "step-1\n")
-    store.mark_best(2)
-    assert store.best() == "step-2"
+
+
+def test_a_kill_before_latest_and_best_were_written_is_mended(root: Path) -> None:
+    """They are written after the rename; a resumed run knows from the checkpoint what they must say."""
+    store = CheckpointStore(root, World(), keep=2)
+    for step in (1, 2):
+        save(store, step)
+    (root / "latest").write_text("step-1\n")
+    newest, _ = store.newest()
+    assert newest is not None
+    store.point(newest, 2)
+    assert ((root / "latest").read_text(), (root / "best").read_text()) == ("step-2\n", "step-2\n")
+    store.point(newest, 77)  # gone
+    assert store.best() is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(root: Path) -> None:
+    store = CheckpointStore(root, World(), keep=2)
+    for step in (1, 2):
+        save(store, step)
+        grow(root / f"step-{step}" / "state.json")
+    with pytest.raises(
+        CheckpointError, match=r"every checkpoint is damaged: .*restore one, or choose another output_dir"
+    ):
+        store.newest()
+    assert {"step-1", "step-2"} <= set(visible(root))
+
+
+def test_a_file_system_that_fails_is_not_taken_for_damage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(CheckpointStore(root, World(), keep=2), 1)
+    target = root / "step-1" / "model.safetensors"
+    target.unlink()
+    target.symlink_to(target.name)  # a loop: ELOOP, an error that is neither absence nor content
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read .*mend that and start again"):
+        find_checkpoint(root.parent)
 
 
 def test_retention_never_takes_the_best_or_the_newest(root: Path) -> None:
@@ -276,17 +309,19 @@ def test_leftovers_of_a_killed_save_are_removed(root: Path) -> None:
     assert visible(root) == ["attempt", "latest", "step-1"]
 
 
-def test_a_damaged_future_is_replaced(root: Path) -> None:
-    """A run that resumed before a damaged checkpoint comes to the same step again."""
+def test_a_damaged_future_is_set_aside(root: Path) -> None:
+    """A run that resumed before a damaged checkpoint comes to the same step again; nothing is deleted for it."""
     store = CheckpointStore(root, World(), keep=2)
     for step in (1, 2, 3):
         save(store, step)
     clear(root / "step-3" / "model.safetensors")
-    clear(root / "step-2" / "model.safetensors")
-    save(store, 2)
-    assert verify(root / "step-2") is None
-    assert not (root / "step-3").exists()
-    assert find_checkpoint(root.parent).step == 2
+    newest, problems = store.newest()
+    assert newest == Checkpoint(root / "step-2")
+    assert len(problems) == 1
+    assert visible(root) == ["aside-step-3", "attempt", "latest", "step-2"]
+    save(store, 3)
+    assert find_checkpoint(root.parent).step == 3
+    assert visible(root) == ["aside-step-3", "attempt", "latest", "step-2", "step-3"]
 
 
 def test_a_newer_attempt_fences_off_an_older_one(root: Path) -> None:

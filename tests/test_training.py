@@ -179,6 +179,29 @@ def test_saving_by_the_clock(runs: Path) -> None:
     assert saved == {"step-8", "step-16", "step-20"}
 
 
+def test_nothing_ruined_is_saved_and_the_folder_stays_free(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    for root, ranks in campaigns.values():
+        for found in ranks:
+            assert "not finite at step" in found["at once"]
+            assert "not finite" in found["in the last step"]
+            assert found["saved"] == []
+        assert (root / "fresh" / "checkpoints" / "latest").read_text() == "step-3\n"
+
+
+def test_damaged_checkpoints_are_never_overwritten_by_a_new_start(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    for root, ranks in campaigns.values():
+        for found in ranks:
+            assert "every checkpoint is damaged" in found["hurt"] and "state.json" in found["hurt"]
+        assert (root / "hurt" / "checkpoints" / "step-3" / "model.safetensors").is_file()
+        assert len([line for line in records(root / "hurt") if "loss" in line]) == 1
+
+
+def test_a_run_that_is_further_than_asked_stays_as_it_is(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    for root, ranks in campaigns.values():
+        assert [found["short"] for found in ranks] == [3] * len(ranks)
+        assert (root / "short" / "checkpoints" / "latest").read_text() == "step-3\n"
+
+
 def test_a_folder_of_another_configuration_is_refused(campaigns: dict[int, tuple[Path, Any]]) -> None:
     for _, found in campaigns.values():
         for rank in found:

@@ -129,6 +129,31 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
         fit(engine, root, data, "diverged", "anchor.center=logits", "optim.lr=1000", "checkpoint.every_steps=5")
     except OatError as error:
         found["diverged"] = str(error)
+    # nothing was saved: the folder takes another configuration, as the message advises
+    for name, overrides in (
+        ("at once", ("anchor.center=logits", "optim.lr=1e9", "pretrain_epochs=0")),
+        ("in the last step", ("optim.lr=1e38", "max_steps=1")),
+    ):
+        try:
+            fit(engine, root, data, "fresh", *overrides)
+        except OatError as error:
+            found[name] = str(error)
+    found["saved"] = sorted(path.name for path in (root / "fresh" / "checkpoints").glob("step-*"))
+    fit(engine, root, data, "fresh", "max_steps=3")
+    # a run stopped by a damaged checkpoint only
+    fit(engine, root, data, "hurt", "max_steps=3")
+    engine.world.all_agree(True)
+    if engine.world.is_main:
+        (root / "hurt" / "checkpoints" / "step-3" / "state.json").write_text("{}")
+    engine.world.all_agree(True)
+    try:
+        fit(engine, root, data, "hurt")
+    except OatError as error:
+        found["hurt"] = str(error)
+    # started again with fewer steps than it has done, before any evaluation
+    fit(engine, root, data, "short", "max_steps=3", "data.eval_split=null")
+    trainer = fit(engine, root, data, "short", "max_steps=2", "data.eval_split=null")
+    found["short"] = trainer.step
     try:
         fit(engine, root, data, "whole", "seed=1")
     except OatError as error:

@@ -114,7 +114,7 @@ def write_splits(
     workers: int | None = None,
     progress: bool = False,
 ) -> dict[str, ShardSet]:
-    """Pack several splits with one class list into `output/<split>`; all of them appear, or none.
+    """Pack several splits with one class list into `output/<split>`; none appears before all are written.
 
     Arguments and errors as for `write_shards`.
     """

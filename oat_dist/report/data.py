@@ -135,7 +135,7 @@ def _read_evaluation(path: Path, warnings: list[str]) -> Evaluation | None:
     raw = _parse(path, _read_text(path, warnings), warnings)
     protocols = raw.get("protocols")
     if not isinstance(protocols, Mapping):
-        warnings.append(f"{path.name} holds no accuracies and was left out; evaluate the run again.")
+        warnings.append(f"{path.name} holds no accuracies and was left out; start the training again to write it anew.")
         return None
     scores = []
     for name in [p for p in PROTOCOLS if p in protocols] + sorted(set(protocols).difference(PROTOCOLS)):

@@ -99,7 +99,7 @@ def _accuracy(run: Run) -> Html:
         parts.append(
             tag(
                 "p",
-                "Not evaluated: there is no evaluation.json (python launch/evaluate.py RUN writes it). "
+                "Not evaluated: there is no evaluation.json, which training writes at its end. "
                 f"Below, the last validation in training, after epoch {last.epoch} on split “{last.split}”.",
             )
         )
@@ -151,8 +151,10 @@ def _step_name(checkpoint: Any) -> str:
 
 
 def _ties(evaluation: Evaluation) -> Html:
-    ties = evaluation.raw.get("ties")
-    if not isinstance(ties, list) or not ties:
+    protocols = evaluation.raw.get("protocols")
+    listed_ties = [one.get("ties") for one in protocols.values()] if isinstance(protocols, dict) else []
+    ties = sorted({tie for found in listed_ties if isinstance(found, list) for tie in found if type(tie) is int})
+    if not ties:
         return Html("")
     listed = ", ".join(str(sample) for sample in ties[:200]) + (", ..." if len(ties) > 200 else "")
     title = f"{len(ties):,} near-tied sample(s): the two best scores differ by less than 1e-5"
@@ -207,11 +209,14 @@ def _per_class(evaluation: Evaluation | None) -> Html:
     return section("Classes", details(f"{count} classes", listed, opened=count <= _OPEN_PER_CLASS))
 
 
+_DATA_FACTS = ("train_samples", "train_digest", "eval_samples", "eval_digest")
+
+
 def _data_set(run: Run) -> Html:
     """What was trained on: the data settings, and the digests that name the bytes."""
     settings = flatten(run.config.get("data") or {})
     values = {key: _shown(value) for key, value in settings.items() if key}
-    values |= {key: _code(value) for key, value in flatten(run.environment).items() if key.startswith("data")}
+    values |= {key: _code(value) for key, value in flatten(run.environment).items() if key in _DATA_FACTS}
     parts: list[Any] = [facts(values)] if values else [tag("p", "Neither config nor environment says anything of it.")]
     if run.evaluation is not None:
         total = run.evaluation.raw.get("total")

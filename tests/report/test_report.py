@@ -107,12 +107,11 @@ def run(tmp_path: Path) -> Path:
         "split": "test",
         "total": 10_000,
         "protocols": {
-            "stored": {"accuracy": 0.6111, "correct": 6111},
-            "batch": {"accuracy": 0.6543, "correct": 6543},
+            "stored": {"accuracy": 0.6111, "correct": 6111, "ties": [17]},
+            "batch": {"accuracy": 0.6543, "correct": 6543, "ties": [17, 4711]},
         },
         "class_names": HOSTILE,
         "per_class": {"batch": [0.9, 0.1234, 0.5, 0.6, None]},
-        "ties": [17, 4711],
         "best": {"checkpoint": "step-700", "accuracy": 0.66, "protocol": "batch", "split": "test"},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
