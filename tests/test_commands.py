@@ -15,7 +15,8 @@ from test_evaluate import evaluate_run
 
 from oat_dist import cli
 from oat_dist.commands import evaluate, predict
-from oat_dist.data.packing import Sample, write_shards
+from oat_dist.data.packing import write_shards
+from oat_dist.data.samples import Sample
 
 __all__ = ["tiny_run"]
 

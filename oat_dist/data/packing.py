@@ -13,16 +13,14 @@ The same input gives the same bytes of every file: no time, no user, no path of 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import webdataset
@@ -31,29 +29,28 @@ from oat_dist.data.imagecheck import ImageInfo, check_image
 from oat_dist.data.index import INDEX_NAME, MANIFEST_NAME, Index, Manifest, ShardInfo, ShardSet, open_split
 from oat_dist.data.ordered_map import default_workers, ordered_map
 from oat_dist.data.progress import show_progress
+from oat_dist.data.samples import (
+    AnySample,
+    Sample,
+    class_names,
+    class_numbers,
+    refuse_empty_class,
+    sample_key,
+    seeded_order,
+    sorted_samples,
+)
 from oat_dist.data.staging import staged_folders
 from oat_dist.data.tarscan import scan_tar
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes, sha256_file, write_atomic
 
-__all__ = ["Sample", "image_size_range", "sample_key", "seeded_order", "write_shards", "write_splits"]
+__all__ = ["image_size_range", "write_shards", "write_splits"]
 
 OnBad = Literal["stop", "skip"]
 
 _SHARD_BYTES = 256 << 20
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
-
-
-class Sample(NamedTuple):
-    """One image to pack: a name unique in its split, its class (name or number), its bytes or where from."""
-
-    name: str
-    label: int | str
-    data: bytes | Path | Callable[[], bytes]
-
-
-AnySample = Sample | tuple[str, int | str, bytes | Path | Callable[[], bytes]]
 
 
 def write_shards(
@@ -126,17 +123,6 @@ def write_splits(
     return dict(zip(splits, packed, strict=True))
 
 
-def seeded_order(items: Sequence[str], seed: int) -> list[int]:
-    """Indices of `items` in a random order fixed by `seed`: by keyed hash, so no library can change it."""
-    hashes = [hashlib.blake2b(f"{seed}:{item}".encode(), digest_size=16).digest() for item in items]
-    return sorted(range(len(items)), key=hashes.__getitem__)
-
-
-def sample_key(rank: int, total: int) -> str:
-    """The key in the tar of the sample with this rank among `total` names in order."""
-    return f"{rank:0{max(8, len(str(total - 1)))}d}"
-
-
 def image_size_range(widths: np.ndarray, heights: np.ndarray) -> dict[str, list[int]]:
     """`{"min": [w, h], "median": [w, h], "max": [w, h]}`, width and height each by itself."""
     sides = np.stack([widths, heights])
@@ -176,72 +162,13 @@ def _pack(
     for split, _ in splits.values():
         if not _SPLIT_NAME.fullmatch(split):
             raise DataError(f"split name {split!r}: use letters, digits, '.', '_' and '-' only (it names the shards)")
-    samples = [_sorted_samples(split, given) for split, given in splits.values()]
-    names = _class_names(classes, samples)
-    labels = [_labels(split, part, names) for (split, _), part in zip(splits.values(), samples, strict=True)]
+    samples = [sorted_samples(split, given) for split, given in splits.values()]
+    names = class_names(classes, samples)
+    labels = [class_numbers(split, part, names) for (split, _), part in zip(splits.values(), samples, strict=True)]
     with staged_folders(parent, list(splits), overwrite=options.overwrite) as folders:
         for folder, (split, _), part, part_labels in zip(folders, splits.values(), samples, labels, strict=True):
             _write_split(folder, split, part, part_labels, names, options)
     return [open_split(parent / name) for name in splits]
-
-
-def _sorted_samples(split: str, given: Iterable[AnySample]) -> list[Sample]:
-    samples = sorted((Sample(*sample) for sample in given), key=operator.itemgetter(0))
-    if not samples:
-        raise DataError(f"split {split!r} has no samples; nothing to pack")
-    for i, sample in enumerate(samples):
-        if i and sample.name == samples[i - 1].name:
-            raise DataError(f"split {split!r}: two samples are named {sample.name!r}; names must be unique")
-        if not sample.name.isprintable():  # also refuses the surrogates of undecodable file names
-            raise DataError(f"split {split!r}: sample name {sample.name!r} holds unprintable characters; rename it")
-    return samples
-
-
-def _class_names(given: Sequence[str] | None, splits: list[list[Sample]]) -> list[str]:
-    if given is not None:
-        for name in given:
-            if list(given).count(name) > 1:
-                raise DataError(f"class {name!r} is listed twice; class names must be unique")
-        return list(given)
-    labels = {sample.label for samples in splits for sample in samples}
-    texts = [label for label in labels if isinstance(label, str)]
-    if len(texts) == len(labels):
-        return sorted(texts)
-    if texts:
-        raise DataError("some labels are names and some are numbers; use one kind for all samples")
-    return [str(k) for k in range(max(cast(set[int], labels)) + 1)]
-
-
-def _labels(split: str, samples: list[Sample], classes: list[str]) -> np.ndarray:
-    """Class numbers of the samples, (n,) int32, each class present."""
-    numbers = {name: k for k, name in enumerate(classes)}
-    labels = np.empty(len(samples), dtype=np.int32)
-    for i, (name, label, _) in enumerate(samples):
-        if isinstance(label, str):
-            if label not in numbers:
-                near = difflib.get_close_matches(label, classes, 1)
-                hint = f"did you mean {near[0]!r}?" if near else "add it to the classes or mend the label"
-                raise DataError(f"split {split!r}, sample {name!r}: unknown class {label!r}; {hint}")
-            labels[i] = numbers[label]
-        else:
-            try:
-                number = operator.index(label)
-            except TypeError:
-                raise DataError(f"split {split!r}, sample {name!r}: label {label!r} is no whole number") from None
-            if not 0 <= number < len(classes):
-                raise DataError(
-                    f"split {split!r}, sample {name!r}: label {number} is out of range for "
-                    f"{len(classes)} classes (0 to {len(classes) - 1}); mend the label"
-                )
-            labels[i] = number
-    _refuse_empty_class(split, np.bincount(labels, minlength=len(classes)), classes, "has no sample")
-    return labels
-
-
-def _refuse_empty_class(split: str, counts: np.ndarray, classes: list[str], why: str) -> None:
-    for name, count in zip(classes, counts, strict=True):
-        if not count:
-            raise DataError(f"split {split!r}: empty class: {name!r} {why}; add images or take it from the classes")
 
 
 class _Checked(NamedTuple):
@@ -255,13 +182,13 @@ class _Checked(NamedTuple):
 
 def _check_sample(sample: Sample, rank: int) -> _Checked:
     try:
-        if isinstance(sample.data, os.PathLike):
+        if isinstance(sample.data, (str, os.PathLike)):
             data = Path(sample.data).read_bytes()
         else:
             data = sample.data() if callable(sample.data) else sample.data
         if not isinstance(data, bytes):
             raise DataError(
-                f"the data is of type {type(data).__name__}; give bytes, a Path, or a callable giving bytes"
+                f"the data is of type {type(data).__name__}; give bytes, a path, or a callable giving bytes"
             )
         return _Checked(rank, data, check_image(data), "")
     except OSError as error:
@@ -304,7 +231,7 @@ def _write_split(
         shards, offsets = writer.finish()
     columns["offset"][list(offsets)] = list(offsets.values())
     counts = np.bincount(labels[kept], minlength=len(classes))
-    _refuse_empty_class(split, counts, classes, "has no readable image")
+    refuse_empty_class(split, counts, classes, "has no readable image")
 
     rows: dict[str, Sequence[int] | np.ndarray] = {name: column[kept] for name, column in columns.items()}
     index = Index.from_rows({**rows, "label": labels[kept]}, [samples[i].name for i in np.flatnonzero(kept)]).to_bytes()

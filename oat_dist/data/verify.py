@@ -21,8 +21,9 @@ import numpy as np
 from oat_dist.data.imagecheck import check_image
 from oat_dist.data.index import INDEX_NAME, MANIFEST_NAME, Index, Manifest, ShardInfo
 from oat_dist.data.ordered_map import default_workers, ordered_map
-from oat_dist.data.packing import image_size_range, sample_key
+from oat_dist.data.packing import image_size_range
 from oat_dist.data.progress import show_progress
+from oat_dist.data.samples import sample_key
 from oat_dist.data.tarscan import TarMember, scan_tar
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes, sha256_file

@@ -20,8 +20,8 @@ from PIL import Image
 from oat_dist.batch import Batch, Window
 from oat_dist.data.index import ShardSet, open_split
 from oat_dist.data.loader import BatchBuilder, TrainLoader, evaluation_batches
-from oat_dist.data.packing import Sample
 from oat_dist.data.plan import EpochOrder, Layout, fingerprint
+from oat_dist.data.samples import Sample
 from oat_dist.data.storage import ShardReader
 from oat_dist.data.transforms import flips, squash
 from oat_dist.errors import DataError

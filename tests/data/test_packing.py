@@ -22,7 +22,8 @@ import webdataset
 from PIL import Image
 
 from oat_dist.data.index import open_split
-from oat_dist.data.packing import Sample, seeded_order, write_shards, write_splits
+from oat_dist.data.packing import write_shards, write_splits
+from oat_dist.data.samples import Sample, seeded_order
 from oat_dist.errors import DataError, OatError
 
 
@@ -192,10 +193,11 @@ A, B = image(seed=1), image(seed=2)
         ([("x", "a", A)], {"shard_samples": 0}, "shard_samples is 0; it must be at least 1"),
         ([("x", "a", A)], {"on_bad": "ignore"}, 'on_bad is \'ignore\'; it must be "stop" or "skip"'),
         (
-            [("x", "a", "path.jpg")],
+            [("x", "a", 7)],
             {},
-            "sample 'x': unreadable image (the data is of type str; give bytes, a Path",
+            "sample 'x': unreadable image (the data is of type int; give bytes, a path",
         ),
+        ([("x", "a", "no/such.jpg")], {}, "sample 'x': unreadable image (No such file or directory)"),
     ],
 )
 def test_bad_samples_are_refused_and_nothing_is_written(tmp_path: Path, samples, options, message: str) -> None:

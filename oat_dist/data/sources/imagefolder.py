@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oat_dist.data.packing import Sample
+from oat_dist.data.samples import Sample
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, deal_to_splits
 from oat_dist.errors import DataError
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from oat_dist.data.packing import Sample, seeded_order
+from oat_dist.data.samples import Sample, seeded_order
 from oat_dist.errors import DataError
 
 __all__ = ["PackPlan", "SplitRequest", "deal_to_splits", "parse_splits"]
