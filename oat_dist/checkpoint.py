@@ -118,6 +118,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
         if problem:
             raise CheckpointError(f"{path}: {problem}")
         return Checkpoint(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a run folder (output_dir) or one of its checkpoints")
     newest, damaged = _newest(path / "checkpoints")
     if newest is None:
         why = f"; {damaged[0]}" if damaged else ""

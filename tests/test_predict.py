@@ -151,9 +151,9 @@ def test_images_that_are_none(classifier: OATClassifier, files: list[bytes], tmp
 def test_checkpoints_that_are_none(tiny_run: TinyRun, tmp_path: Path) -> None:
     for path, message in (
         (tmp_path, f"{tmp_path}: no valid checkpoint in this run folder"),
-        (tmp_path / "nowhere", "no valid checkpoint in this run folder"),
+        (tmp_path / "nowhere", "no such folder"),
         (tmp_path / "step-3", f"{tmp_path / 'step-3'}: no such folder"),
-        (tiny_run.config, "no valid checkpoint"),
+        (tiny_run.config, "no such folder"),
     ):
         with pytest.raises(CheckpointError) as caught:
             OATClassifier.from_checkpoint(path)
