@@ -62,8 +62,13 @@ def test_schedule_is_a_pure_function() -> None:
 
 
 def test_epochs_become_steps() -> None:
-    schedule = learning_rate(Config(), steps_per_epoch=40, total_steps=4000)
+    schedule = learning_rate(Config(), steps_per_epoch=40)
     assert (schedule.total, schedule.warmup, schedule.step_length) == (4000, 0, 1200)
+
+
+def test_stopping_early_does_not_bend_the_schedule() -> None:
+    """A run that `max_steps` stops goes on later as if it had not stopped."""
+    assert learning_rate(Config(max_steps=7), 40) == learning_rate(Config(), 40)
 
 
 def test_unknown_names_are_refused() -> None:
