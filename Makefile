@@ -44,5 +44,6 @@ cifar10: $(READY)
 	@test -n "$(CIFAR10)" || { echo "error: say where the images are: make cifar10 CIFAR10=FOLDER"; exit 1; }
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/cifar10.sh "$(CIFAR10)"
 
+# Caches only: packed sets and runs are yours.
 clean:
-	rm -rf packed runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

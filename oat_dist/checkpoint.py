@@ -40,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "find_checkpoint",
+    "has_checkpoints",
     "load_optimizer",
     "optimizer_tensors",
     "rng_tensors",
@@ -125,6 +126,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
         why = f"; {damaged[0]}" if damaged else ""
         raise CheckpointError(f"{path}: no valid checkpoint in this run folder{why}")
     return newest
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run folder holds checkpoints, whole or damaged."""
+    return bool(_steps(run / "checkpoints"))
 
 
 def _step_of(folder: Path) -> int | None:

@@ -35,6 +35,15 @@ _OTHER_ENGINES = {
 # What launchers say of the number of tasks in a step, where they start processes but no torch rendezvous.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
+# How gloo tells that the other end of a connection is no more.
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Application timeout caused pair closure",
+)
+
 
 @dataclass
 class Engine:
@@ -80,6 +89,20 @@ class Engine:
         with torch.no_grad():
             for buffer, kept in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(kept)
+
+    @contextlib.contextmanager
+    def peers(self) -> Iterator[None]:
+        """Turn a collective that failed because another rank has stopped into one line: that rank says why."""
+        try:
+            yield
+        except RuntimeError as error:
+            gone = isinstance(error, torch.distributed.DistBackendError) or any(s in str(error) for s in _PEER_IS_GONE)
+            if self.world.size == 1 or not gone:
+                raise
+            raise LaunchError(
+                f"rank {self.world.rank} stops because another rank has stopped; the reason is in that rank's output "
+                f"({str(error).splitlines()[0]})"
+            ) from error
 
     @staticmethod
     @contextlib.contextmanager

@@ -91,7 +91,7 @@ def collect(
 ) -> Outputs | None:
     """Forward this rank's batches and gather everything on rank 0 (None on the other ranks).
 
-    Memory on rank 0: 12 bytes x N x C.
+    Memory on rank 0: 8 bytes x N x C for the outcome, twice that on the way.
 
     Raises:
         TrainingError: outputs that are not finite, on every rank.
@@ -161,14 +161,13 @@ def judge(
     order_N = order_N[outputs.valid_N[order_N]]
     batch_scores_NC = torch.empty_like(outputs.logits_NC)
     batch_scores_NC[order_N] = oat_scores(outputs.logits_NC[order_N], center, floor, group_size)
-    scores = {
-        "batch": batch_scores_NC[ids_N],
-        "single": oat_scores(logits_NC, center, floor, 1),
-        "dataset": oat_scores(logits_NC, center, floor),
-    }
+    results = {"batch": _result(batch_scores_NC[ids_N], labels_N, ids_N)}
+    del batch_scores_NC  # one protocol at a time: each score is as large as the outputs
+    results["single"] = _result(oat_scores(logits_NC, center, floor, 1), labels_N, ids_N)
+    results["dataset"] = _result(oat_scores(logits_NC, center, floor), labels_N, ids_N)
     if stored_anchor_C is not None:
-        scores["stored"] = invert(logits_NC, stored_anchor_C.double())
-    return Evaluation(ids_N, labels_N, {name: _result(s, labels_N, ids_N) for name, s in scores.items()})
+        results["stored"] = _result(invert(logits_NC, stored_anchor_C.double()), labels_N, ids_N)
+    return Evaluation(ids_N, labels_N, results)
 
 
 def _result(scores_NC: Tensor, labels_N: Tensor, ids_N: Tensor) -> ProtocolResult:

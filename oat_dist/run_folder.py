@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from oat_dist.checkpoint import has_checkpoints
 from oat_dist.config import Config, to_yaml
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError, OatError, TrainingError
@@ -83,9 +84,13 @@ class RunFolder:
         if not self.world.is_main:
             return
         path = self.path / "config.yaml"
-        if path.exists() and any((self.path / "checkpoints").glob("step-*")):
+        if has_checkpoints(self.path):
             if not config.resume:
                 raise CheckpointError(f"{self.path}: holds a run, and resume=false; choose another output_dir")
+            if not path.exists():
+                raise CheckpointError(
+                    f"{path}: is missing, but there are checkpoints; restore it or choose another output_dir"
+                )
             try:
                 before = _flatten(dataclasses.asdict(Config())) | _flatten(yaml.safe_load(path.read_text()))
             except (yaml.YAMLError, AttributeError) as error:

@@ -6,11 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from oat_dist.config import Config, describe_keys, load_config
-from oat_dist.engine import Engine, start_engine
-from oat_dist.errors import LaunchError, run_command
+from oat_dist.config import describe_keys, load_config
+from oat_dist.engine import start_engine
+from oat_dist.errors import run_command
 from oat_dist.run_summary import describe_layout, finish_run
 from oat_dist.trainer import Trainer
 
@@ -47,39 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
         timeout_minutes=config.engine.timeout_minutes,
         deterministic=config.deterministic,
     )
-    _train(config, engine)
+    with engine.peers():
+        trainer = Trainer(config, engine)
+        if not config.dry_run:
+            trainer.fit()
+    if engine.world.is_main:
+        if config.dry_run:
+            print(describe_layout(trainer))
+        else:
+            finish_run(trainer)
     engine.close()
     return 0
-
-
-def _train(config: Config, engine: Engine) -> None:
-    try:
-        trainer = Trainer(config, engine)
-        if config.dry_run:
-            if engine.world.is_main:
-                print(describe_layout(trainer))
-            return
-        trainer.fit()
-        if engine.world.is_main:
-            finish_run(trainer)
-    except RuntimeError as error:
-        # The peer that stopped first has said why; this is only how the others notice.
-        gone = isinstance(error, torch.distributed.DistBackendError) or any(s in str(error) for s in _PEER_IS_GONE)
-        if engine.world.size > 1 and gone:
-            raise LaunchError(
-                f"rank {engine.world.rank} stops because another rank has stopped; the reason is in that rank's output "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        raise
-
-
-_PEER_IS_GONE = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "Application timeout caused pair closure",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

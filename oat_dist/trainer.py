@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oat_dist.batch import Batch, Window
-from oat_dist.checkpoint import CheckpointStore
+from oat_dist.checkpoint import CheckpointStore, has_checkpoints
 from oat_dist.config import Config
 from oat_dist.console import Display
 from oat_dist.engine import Engine
@@ -69,7 +69,7 @@ class Trainer:
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
         # A run that goes on has its weights in its checkpoint; the file it started from may be gone.
-        resumes = any((self.folder.path / "checkpoints").glob("step-*"))
+        resumes = has_checkpoints(self.folder.path)
         network = build_network(config, len(self.classes), self.world, initial_weights=not resumes)
         check_single_samples(config, self.data.loader, network)
         self.model = engine.prepare(network)
@@ -103,7 +103,9 @@ class Trainer:
             size = self.config.data.image_size
             self.engine.warm_up(self.model, torch.zeros(2, 3, size, size, device=self.world.device))
             self._start()
-            with self.display.progress(self.step, self.total_steps):
+            largest = self.data.loader.layout.largest_part
+            remedy = f"try micro_batch_size={max(largest // 2, 1)} at the same batch_size={self.config.batch_size}"
+            with self.display.progress(self.step, self.total_steps), self.engine.memory(remedy):
                 self._train()
             self._finish()
 
@@ -164,20 +166,17 @@ class Trainer:
         norm = None
         if self.config.optim.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
-        with self.engine.memory("the optimizer's state does not fit; use sgd, a smaller model or more GPU memory"):
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _forward_backward(self, batch: Batch, num_samples: int | Tensor) -> None:
-        smaller = f"try micro_batch_size={max(len(batch) // 2, 1)} at the same batch_size={self.config.batch_size}"
-        with self.engine.memory(f"rank {self.world.rank} held {len(batch)} samples: {smaller}"):
-            logits_BC = self.model(self.data.normalise(batch.images_BHWC))
-            labels_B = batch.labels_B.to(self.world.device, non_blocking=True)
-            valid_B = None if batch.valid_B is None else batch.valid_B.to(self.world.device, non_blocking=True)
-            objective = self.objective
-            loss = objective.loss(logits_BC, labels_B, num_samples, valid_B)
-            loss.backward()
+        logits_BC = self.model(self.data.normalise(batch.images_BHWC))
+        labels_B = batch.labels_B.to(self.world.device, non_blocking=True)
+        valid_B = None if batch.valid_B is None else batch.valid_B.to(self.world.device, non_blocking=True)
+        objective = self.objective
+        loss = objective.loss(logits_BC, labels_B, num_samples, valid_B)
+        loss.backward()
         self.meter.add_loss(loss)
         anchors_GC = objective.anchors()
         if anchors_GC is not None:

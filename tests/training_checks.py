@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from oat_dist.checkpoint import load_optimizer, optimizer_tensors
 from oat_dist.commands.evaluate import _evaluate, add_arguments
 from oat_dist.config import load_config
 from oat_dist.distributed import counts
@@ -96,6 +97,7 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
     )
     # the last batch of an epoch has one sample: all ranks but one are idle in it
     fit(engine, root, data, "one-left", "batch_size=1437", "epochs=2", "pretrain_epochs=0")
+    found["switch"] = switch(engine, root, data)
     counts.clear()
     trainer = fit(
         engine,
@@ -150,6 +152,18 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
         fit(engine, root, data, "hurt")
     except OatError as error:
         found["hurt"] = str(error)
+    # a copy that a user has put there is no checkpoint: the run starts, from its initial weights
+    if engine.world.is_main:
+        (root / "copied" / "checkpoints" / "step-3-backup").mkdir(parents=True)
+    engine.world.all_agree(True)
+    found["copied"] = fit(engine, root, data, "copied", "max_steps=3").step
+    if engine.world.is_main:
+        (root / "copied" / "config.yaml").unlink()
+    engine.world.all_agree(True)
+    try:
+        fit(engine, root, data, "copied", "max_steps=4")
+    except OatError as error:
+        found["no config"] = str(error)
     # started again with fewer steps than it has done, before any evaluation
     fit(engine, root, data, "short", "max_steps=3", "data.eval_split=null")
     trainer = fit(engine, root, data, "short", "max_steps=2", "data.eval_split=null")
@@ -160,6 +174,24 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
         found["other config"] = str(error)
     engine.close()
     return found
+
+
+def switch(engine: Engine, root: Path, data: str) -> dict[str, bool]:
+    """The first OAT step of a real run, against the same step taken by hand with new and with old momentum."""
+    trainer = fit(engine, root, data, "switch", f"max_steps={STEPS_PER_EPOCH}")
+    weights_before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    momentum = optimizer_tensors(trainer.optimizer, trainer.network)
+    assert any(key.startswith("momentum_buffer/") for key in momentum)
+    after = {}
+    for name, kept in (("new", {}), ("old", {key: value.clone() for key, value in momentum.items()})):
+        trainer.network.load_state_dict(weights_before)
+        load_optimizer(trainer.optimizer, trainer.network, kept)
+        trainer.train_step(next(trainer.data.loader.windows(STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1)))
+        trainer.meter.restart()
+        after[name] = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    fit(engine, root, data, "switch", f"max_steps={STEPS_PER_EPOCH + 1}")
+    real = weights(root / "switch", STEPS_PER_EPOCH + 1)
+    return {name: all(torch.equal(real[key], one[key]) for key in real) for name, one in after.items()}
 
 
 def ten_until(root_text: str, data: str, name: str, stop: int) -> None:

@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise OatError(f"{arguments.predictions}: no such folder to write to")
     engine = start_engine()
-    evaluation, facts = _evaluate(arguments, engine.world)
+    with engine.peers():
+        evaluation, facts = _evaluate(arguments, engine.world)
     if evaluation is not None:
         _report(arguments, evaluation, facts)
     engine.close()

@@ -155,6 +155,11 @@ class Layout:
             )
         return num_samples // self.batch_size if self.drop_last else -(-num_samples // self.batch_size)
 
+    @property
+    def largest_part(self) -> int:
+        """Most samples that a rank holds in one forward pass."""
+        return max(len(part) for parts in self.deal(self.batch_size) for part in parts)
+
     def batch_range(self, step: int, num_samples: int) -> tuple[int, int]:
         """Positions [start, stop) of global batch `step` in its epoch."""
         start = step * self.batch_size
