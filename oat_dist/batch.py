@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Batch", "Window"]
@@ -31,6 +32,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels_B)
+
+    def every_valid(self) -> Tensor:
+        """`valid_B`, also when all samples count."""
+        return torch.ones(len(self), dtype=torch.bool) if self.valid_B is None else self.valid_B
 
     @property
     def num_valid(self) -> int:

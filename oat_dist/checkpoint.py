@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError
@@ -41,10 +40,6 @@ __all__ = [
     "CheckpointStore",
     "find_checkpoint",
     "has_checkpoints",
-    "load_optimizer",
-    "optimizer_tensors",
-    "rng_tensors",
-    "set_rng",
 ]
 
 _MANIFEST = "manifest.json"
@@ -331,43 +326,3 @@ def _named(path: Path) -> str | None:
         return path.read_text().strip()
     except FileNotFoundError:
         return None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Optimizer state by parameter name: ``{"momentum_buffer/<parameter>": tensor}``, independent of any grouping."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse of `optimizer_tensors`, onto the parameters' device (step counters stay on the CPU).
-
-    Raises:
-        CheckpointError: state of a parameter that the network does not have.
-    """
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if name not in parameters:
-            raise CheckpointError(f"the checkpoint has optimizer state for {name!r}, which the network lacks")
-        parameter = parameters[name]
-        optimizer.state[parameter][kind] = value.clone() if kind == "step" else value.to(parameter.device, copy=True)
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """State of this rank's random number generators."""
-    tensors = {"cpu_rng": torch.get_rng_state()}
-    if device.type == "cuda":
-        tensors["cuda_rng"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def set_rng(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(tensors["cpu_rng"])
-    if device.type == "cuda" and "cuda_rng" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda_rng"], device)

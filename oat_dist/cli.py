@@ -18,6 +18,7 @@ _COMMANDS = {
     "train": ("oat_dist.train", "train (start it with accelerate launch for several processes)"),
     "evaluate": ("oat_dist.commands.evaluate", "accuracy of a checkpoint under every protocol"),
     "predict": ("oat_dist.commands.predict", "classify images"),
+    "verify-parallel": ("oat_dist.commands.verify_parallel", "check that N ranks train exactly as one process does"),
     "report": ("oat_dist.commands.report", "write the report of a run"),
 }
 
@@ -26,6 +27,7 @@ examples:
   oat-dist pack digits - packed/digits
   oat-dist train configs/quickstart.yaml
   oat-dist evaluate runs/quickstart
+  oat-dist verify-parallel configs/quickstart.yaml
 
 oat-dist COMMAND --help explains a command.
 """

@@ -23,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from oat_dist.anchor import CENTERS, default_floor
 from oat_dist.data.loader import ON_BAD
 from oat_dist.data.transforms import AUGMENTATIONS
+from oat_dist.engine.launcher import ENGINES, PRECISIONS
 from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
+from oat_dist.window_step import SPANS
 
 __all__ = ["Config", "describe_keys", "load_config", "to_yaml"]
 
@@ -42,8 +44,13 @@ def _key(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = _key("lightweight", "lightweight (the paper's small net, 32x32 input), or any torchvision classifier")
-    weights: str | None = _key(None, "safetensors file to start from; a head of another class count is left out")
+    name: str = _key("lightweight", "lightweight, wrn_28_10 (32x32 input), or any classifier of torchvision or timm")
+    weights: str | None = _key(None, "to start from: a safetensors or state-dict file, or pretrained (download)")
+    freeze: str | None = _key(None, "parameters not to train: names with wildcards, by spaces; body: all but the head")
+    gradient_checkpointing: bool = _key(False, "recompute activations in backward: less memory, more time (ViT, timm)")
+    channels_last: bool = _key(False, "memory format of convolutions; faster on GPUs with bf16")
+    compile: bool = _key(False, "torch.compile the network (not with zero3)")
+    sync_batchnorm: bool = _key(True, "BatchNorm over all ranks' micro-batch; on GPUs only")
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,14 @@ class OptimConfig:
     step_gamma: float = _key(0.1, "factor of schedule step")
     final_lr: float = _key(0.0, "schedule cosine ends here")
     clip_norm: float | None = _key(None, "clip the global gradient norm to this")
+    head_lr_scale: float = _key(1.0, "the last layer learns at this many times the learning rate")
 
 
 @dataclass(frozen=True)
 class AnchorConfig:
     center: str = _key("probabilities", f"what is averaged: one of {', '.join(CENTERS)}")
     scope: str = _key("device", f"whose batch the anchor is of: one of {', '.join(SCOPES)}")
-    span: str = _key("micro", "micro: each micro-batch of an accumulation window has its own anchor")
+    span: str = _key("micro", "micro: an anchor within a micro-batch; step: over the accumulation window (two passes)")
     group_size: int = _key(32, "samples an anchor set has with scope group")
     grad: bool | None = _key(None, "gradient through the anchor; null: yes, but no for center prior")
     floor: float | None = _key(None, "eps of the anchor floor; null: 0, but 0.2/C for center prior")
@@ -90,7 +98,8 @@ class AnchorConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    name: str = _key("ddp", "ddp (plain data parallel; also for one process)")
+    name: str | None = _key(None, f"one of {', '.join(ENGINES)}; null: what accelerate launch says, else ddp")
+    deepspeed: str | None = _key(None, "DeepSpeed JSON file with further settings (configs/deepspeed/)")
     precision: str | None = _key(None, "no (fp32) or bf16; null: what accelerate launch says, else no")
     processes: int | None = _key(None, "refuse to start with another number of processes; null: any")
     threads: int | None = _key(None, "CPU threads of each process; null: its share of the machine's cores")
@@ -321,6 +330,7 @@ def _check(config: Config) -> None:
         ("optim.lr", optim.lr),
         ("optim.step_epochs", optim.step_epochs),
         ("optim.step_gamma", optim.step_gamma),
+        ("optim.head_lr_scale", optim.head_lr_scale),
         ("engine.timeout_minutes", engine.timeout_minutes),
     ):
         if not 0 < number < float("inf"):
@@ -344,13 +354,14 @@ def _check(config: Config) -> None:
     usable = all(map(math.isfinite, [*data.mean, *data.std])) and all(value > 0 for value in data.std)
     if len(data.mean) != 3 or len(data.std) != 3 or not usable:
         raise ConfigError("data.mean and data.std are three numbers each, for red, green and blue; std above 0")
-    if engine.name != "ddp":
-        raise ConfigError(f"engine.name={engine.name!r} is not available; use ddp")
-    if engine.precision not in (None, "no", "bf16"):
+    if engine.name is not None:
+        _choice("engine.name", engine.name, ENGINES)
+    if engine.name == "ddp" and engine.deepspeed is not None:
+        raise ConfigError(f"engine.name=ddp takes no engine.deepspeed={engine.deepspeed}; use zero1, zero2 or zero3")
+    if engine.precision not in (None, *PRECISIONS):
         advice = "; use bf16, which needs no loss scaling" if engine.precision == "fp16" else ""
         raise ConfigError(f"engine.precision must be no or bf16, not {engine.precision!r}{advice}")
-    if anchor.span != "micro":
-        raise ConfigError(f"anchor.span={anchor.span!r} is not available; use micro")
+    _choice("anchor.span", anchor.span, SPANS)
     if anchor.floor is not None and not anchor.floor >= 0:
         raise ConfigError(f"anchor.floor must be at least 0, not {anchor.floor}")
 

@@ -98,14 +98,14 @@ def collect(
         DataError: some sample was not seen exactly once.
     """
     ids, labels, valid, logits = [], [], [], []
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: weights that are gathered in it could not be trained on
         for batch in batches:
             outputs_BC = forward(batch)
             if batch.empty:
                 continue
             ids.append(batch.ids_B)
             labels.append(batch.labels_B)
-            valid.append(torch.ones(len(batch), dtype=torch.bool) if batch.valid_B is None else batch.valid_B)
+            valid.append(batch.every_valid())
             logits.append(outputs_BC.float())
         width = outputs_BC.shape[1]
     empty = torch.zeros(0, dtype=torch.int64)

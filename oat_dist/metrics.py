@@ -26,12 +26,10 @@ class AnchorMean:
         self.running_X = torch.zeros(num_classes + 1, dtype=torch.float64, device=device)
         self.finished_X = torch.zeros_like(self.running_X)
 
-    def add(self, anchors_GC: Tensor, counts_G: Tensor | None = None) -> None:
-        """Add anchors of this rank; `counts_G` (bool) says which sets have samples at all. None: every one."""
-        if counts_G is not None:
-            anchors_GC = anchors_GC * counts_G[:, None]
-        self.running_X[:-1] += anchors_GC.sum(dim=0)
-        self.running_X[-1] += len(anchors_GC) if counts_G is None else counts_G.sum()
+    def add(self, anchors_GC: Tensor, counts_G: Tensor) -> None:
+        """Add anchors of this rank; `counts_G` (bool) says which sets have samples at all."""
+        self.running_X[:-1] += (anchors_GC * counts_G[:, None]).sum(dim=0)
+        self.running_X[-1] += counts_G.sum()
 
     def end_epoch(self, world: World) -> None:
         self.finished_X = world.all_reduce(self.running_X.clone())

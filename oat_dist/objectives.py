@@ -15,9 +15,15 @@ __all__ = ["OAT", "CrossEntropy", "Objective"]
 
 
 class Objective(Protocol):
-    """A training objective. `name` is the phase it gives its name to in logs."""
+    """A training objective.
+
+    Attributes:
+        name: of the phase, in logs.
+        couples_samples: whether the gradient of a sample depends on the others of its batch.
+    """
 
     name: str
+    couples_samples: bool
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor, num_samples: int | Tensor, valid_B: Tensor | None) -> Tensor:
         """This rank's part of the mean loss over `num_samples` samples, times W; its backward is exact."""
@@ -32,6 +38,7 @@ class CrossEntropy:
     """Softmax cross-entropy in fp32: the pre-training phase, and the baseline."""
 
     name = "cross_entropy"
+    couples_samples = False
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor, num_samples: int | Tensor, valid_B: Tensor | None) -> Tensor:
         if logits_BC.dtype != torch.float64:
@@ -51,6 +58,7 @@ class OAT:
     """Online Anchor-based Training; `criterion` holds its settings."""
 
     name = "oat"
+    couples_samples = True
 
     def __init__(self, criterion: OATLoss) -> None:
         self.criterion = criterion

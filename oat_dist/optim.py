@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,18 +25,30 @@ def build_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
+    head: Collection[str] = (),
+    head_lr_scale: float = 1.0,
 ) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW; norms and biases (parameters of fewer than two dimensions) are not decayed.
+
+    Args:
+        head, head_lr_scale: parameters of these names get this ``lr_scale`` in their groups; the engine multiplies
+            the learning rate by it.
 
     Raises:
         ConfigError: another name.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    scaled = set(head) if head_lr_scale != 1 else set()  # no more groups than there must be: engines reduce by group
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trainable if (p.ndim >= 2) == decayed and (name in scaled) == in_head],
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": head_lr_scale if in_head else 1.0,
+        }
+        for in_head in (False, True)
+        for decayed in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
     if name == "sgd":

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from oat_dist.config import Config, check_floor
+from oat_dist.config import Config, ModelConfig, check_floor
 from oat_dist.data.index import ShardSet, open_split
 from oat_dist.data.loader import BatchBuilder, TrainLoader
 from oat_dist.data.plan import Layout, keyed_hash_int
 from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
+from oat_dist.engine import Engine
 from oat_dist.errors import ConfigError, DataError
-from oat_dist.models import build_model, takes_single_samples
+from oat_dist.models import (
+    build_model,
+    checkpoint_activations,
+    expected_preprocessing,
+    fetch_weights,
+    freeze,
+    head_parameters,
+    load_weights,
+    randomness,
+    takes_single_samples,
+)
 from oat_dist.oat_loss import OATLoss
 from oat_dist.optim import Schedule, build_optimizer
 
@@ -24,7 +37,8 @@ __all__ = [
     "build_criterion",
     "build_data",
     "build_network",
-    "check_single_samples",
+    "check_layout",
+    "inexact",
     "learning_rate",
     "optimizer_for",
 ]
@@ -66,6 +80,7 @@ def build_data(config: Config, world: World) -> DataParts:
         config.micro_batch_size,
         unit=config.anchor.group_size if config.anchor.scope == "group" else 1,
         drop_last=data.drop_last,
+        whole_shares=config.anchor.span == "step",
     )
     builder = BatchBuilder(
         train_set,
@@ -78,36 +93,111 @@ def build_data(config: Config, world: World) -> DataParts:
     return DataParts(train_set, eval_set, loader, Normalise(data.mean, data.std, world.device))
 
 
-def build_network(config: Config, num_classes: int, world: World, *, initial_weights: bool = True) -> nn.Module:
-    """The network with the same initial weights on every rank, and random numbers of its own (dropout) from here on."""
-    torch.manual_seed(config.seed)
-    network: nn.Module = world.together(
-        build_model,
-        config.model.name,
-        num_classes,
-        config.model.weights if initial_weights else None,
-        config.data.image_size,
-    )
-    torch.manual_seed(keyed_hash_int(config.seed, world.rank) >> 1)
-    return network
+def build_network(
+    config: Config, num_classes: int, engine: Engine, *, initial_weights: bool = True
+) -> tuple[nn.Module, list[str]]:
+    """The network with the same initial weights on every rank, and what the user should know of them, line by line.
 
-
-def check_single_samples(config: Config, loader: TrainLoader, network: nn.Module) -> None:
-    """Refuse a layout that would end the first epoch in a BatchNorm error.
+    From here on each rank has random numbers of its own (dropout).
 
     Raises:
-        ConfigError: a rank gets a single sample in some batch, and the network cannot train on one.
+        OatError: on every rank, when the network cannot be what the configuration says.
+    """
+    _check_options(config.model, engine)
+    world = engine.world
+    weights = None
+    if config.model.weights is not None and initial_weights:
+        # One process of each machine fills the cache of downloads; the others then find it.
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        world.together(lambda: fetch_weights(config.model.name, config.model.weights or "") if first else None)
+        weights = world.together(fetch_weights, config.model.name, config.model.weights)
+    torch.manual_seed(config.seed)
+    network, notes = world.together(_build, config, num_classes, world, weights)
+    torch.manual_seed(keyed_hash_int(config.seed, world.rank) >> 1)
+    return network, notes
+
+
+def _check_options(model: ModelConfig, engine: Engine) -> None:
+    """Refuse what an engine would ignore.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if model.channels_last and engine.plan.stage:
+        raise ConfigError(
+            f"model.channels_last works with engine.name=ddp; {engine.name} lays the weights out by itself"
+        )
+    if model.compile and engine.plan.stage == 3:
+        raise ConfigError("model.compile works with ddp, zero1 and zero2; zero3 gathers weights between the layers")
+    if model.compile and engine.world.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ConfigError("model.compile needs a C++ compiler on the CPU: install g++")
+
+
+def _build(config: Config, num_classes: int, world: World, weights: Path | None) -> tuple[nn.Module, list[str]]:
+    model, data, notes = config.model, config.data, []
+    network = build_model(model.name, num_classes, image_size=data.image_size)
+    if weights is not None:
+        loaded = load_weights(network, model.name, weights, data.image_size)
+        head = "with its head" if loaded.head_loaded else f"with a new head of {num_classes} classes"
+        notes.append(f"weights from {loaded.source}: {loaded.tensors} tensors, {head}")
+        wanted = expected_preprocessing(model.name)
+        given = [*data.mean, *data.std]
+        if wanted is not None and any(abs(a - b) > 0.01 for a, b in zip(given, wanted.mean + wanted.std, strict=True)):
+            shown = [[round(value, 4) for value in values] for values in (wanted.mean, wanted.std)]
+            notes.append(f"note: {model.name} was pretrained with data.mean={shown[0]} and data.std={shown[1]}")
+    if model.sync_batchnorm and world.size > 1 and world.device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if model.freeze is not None:
+        frozen = freeze(network, model.freeze)
+        notes.append(f"frozen: {len(frozen)} of {sum(1 for _ in network.parameters())} parameters ({model.freeze})")
+    if model.gradient_checkpointing:
+        checkpoint_activations(network, model.name)
+    if model.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return network, notes
+
+
+def check_layout(config: Config, loader: TrainLoader, network: nn.Module) -> None:
+    """Refuse a layout that would end the first epoch in an error of BatchNorm, or hang in it.
+
+    Raises:
+        ConfigError: a rank gets a single sample in some batch, and the network cannot train on one; or none at all
+            where BatchNorm needs every rank.
     """
     samples = loader.builder.shards.num_samples
     first, last = loader.layout.batch_range(loader.steps_per_epoch - 1, samples)
     dealt = loader.layout.deal(min(config.batch_size, samples)) + loader.layout.deal(last - first)
-    alone = any(len(part) == 1 for micro_batch in dealt for part in micro_batch)
-    if alone and not takes_single_samples(network, config.data.image_size):
+    sizes = {len(part) for micro_batch in dealt for part in micro_batch}
+    remedy = "use data.drop_last=true or another batch_size or micro_batch_size"
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    if 0 in sizes and synchronised:
+        raise ConfigError(
+            f"batch_size={config.batch_size} leaves a rank without a sample in some micro-batch of {samples:,}, but "
+            f"SyncBatchNorm needs all ranks; {remedy}, or model.sync_batchnorm=false"
+        )
+    if 1 in sizes and not synchronised and not takes_single_samples(network, config.data.image_size):
         raise ConfigError(
             f"batch_size={config.batch_size} leaves a rank with a single sample in some batch of {samples:,}, which "
-            f"the BatchNorm of model.name={config.model.name} cannot train on; use data.drop_last=true or another "
-            "batch_size or micro_batch_size"
+            f"the BatchNorm of model.name={config.model.name} cannot train on; {remedy}"
         )
+
+
+def inexact(config: Config, network: nn.Module, layout: Layout) -> list[str]:
+    """Why this run would not end with the very parameters of one process on the joined batch: a line, or none."""
+    sources = randomness(network)
+    split = []
+    if layout.world > 1:
+        if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
+            sources = [source for source in sources if source != "BatchNorm"]
+        split.append("ranks")
+    if len(layout.deal(config.batch_size)) > 1:
+        sources, split = randomness(network), [*split, "micro-batches"]
+    if not split or not sources:
+        return []
+    return [
+        f"note: {' and '.join(sources)} of {config.model.name} work on each part of a batch by themselves: the "
+        f"training depends on the number of {' and '.join(split)} (anchors and loss are exact all the same)"
+    ]
 
 
 def build_criterion(config: Config, num_classes: int) -> OATLoss:
@@ -124,6 +214,8 @@ def optimizer_for(config: Config, network: nn.Module) -> torch.optim.Optimizer:
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         betas=(optim.beta1, optim.beta2),
+        head=head_parameters(network),
+        head_lr_scale=optim.head_lr_scale,
     )
 
 

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
 
 from oat_dist.anchor import default_floor
 from oat_dist.config import Config
@@ -24,11 +23,11 @@ __all__ = ["environment", "model_card", "run_facts", "run_identity"]
 def environment(world: World, **facts: Any) -> dict[str, Any]:
     """What environment.json says: command, versions, device, and the given facts."""
     packages = {}
-    for name in ("oat_dist", "torch", "torchvision", "accelerate", "webdataset", "safetensors", "numpy"):
+    for name in ("oat_dist", "torch", "torchvision", "accelerate", "deepspeed", "webdataset", "safetensors", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
-            packages[name] = "unknown"
+            packages[name] = "not installed"
     return {
         "command": shlex.join(sys.orig_argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -41,15 +40,15 @@ def environment(world: World, **facts: Any) -> dict[str, Any]:
     }
 
 
-def run_facts(config: Config, engine: Engine, data: DataParts, network: nn.Module) -> dict[str, Any]:
+def run_facts(engine: Engine, data: DataParts, num_parameters: int) -> dict[str, Any]:
     return {
         **run_identity(data, engine),
-        "engine": config.engine.name,
+        "engine": engine.name,
         "threads": engine.threads,
         "classes": data.train_set.classes,
         "train_samples": data.train_set.num_samples,
         "eval_samples": data.eval_set.num_samples if data.eval_set else 0,
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": num_parameters,
     }
 
 

@@ -32,6 +32,9 @@ _MAY_CHANGE = {
     "data.prefetch",
     "data.on_bad",  # what to do about a damaged image is known only once there is one
     "data.max_bad",
+    "model.gradient_checkpointing",  # the same numbers, in other memory or time
+    "engine.name",  # the state is the same for every engine
+    "engine.deepspeed",
     "engine.processes",
     "engine.threads",
     "engine.timeout_minutes",

@@ -15,14 +15,14 @@ __all__ = ["describe_layout", "finish_run"]
 def describe_layout(trainer: Trainer) -> str:
     """Model, batch layout and steps, for ``dry_run=true``."""
     config, layout = trainer.config, trainer.data.loader.layout
-    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
     full = layout.deal(min(config.batch_size, trainer.data.train_set.num_samples))
     lines = [
         str(trainer.network),
         "",
-        f"model            {config.model.name}, {parameters:,} parameters, {len(trainer.classes)} classes",
+        f"model            {config.model.name}, {trainer.num_parameters:,} parameters, {len(trainer.classes)} classes",
         f"data             {trainer.data.train_set.folder}: {trainer.data.train_set.num_samples:,} samples",
-        f"processes        {trainer.world.size} on {trainer.world.device.type}, precision {trainer.engine.precision}",
+        f"processes        {trainer.world.size} on {trainer.world.device.type}, engine {trainer.engine.name}, "
+        f"precision {trainer.engine.precision}",
         f"global batch     {config.batch_size}, in {len(full)} micro-batch(es)",
     ]
     for number, parts in enumerate(full):
@@ -36,7 +36,7 @@ def describe_layout(trainer: Trainer) -> str:
     lines += [
         f"steps            {trainer.steps_per_epoch:,} an epoch, {trainer.total_steps:,} in all: "
         f"{trainer.total_steps - oat_steps:,} cross-entropy, then {oat_steps:,} OAT",
-        f"anchor           center {config.anchor.center}, scope {config.anchor.scope}",
+        f"anchor           center {config.anchor.center}, scope {config.anchor.scope}, span {config.anchor.span}",
     ]
     return "\n".join(lines)
 

@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     engine = start_engine(
+        name=config.engine.name,
+        deepspeed=config.engine.deepspeed,
         precision=config.engine.precision,
         processes=config.engine.processes,
         threads=config.engine.threads,

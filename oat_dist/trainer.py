@@ -1,9 +1,9 @@
 """The spine: build, fit, train_step. Reads from top to bottom.
 
 One step: a window of micro-batches comes from the loader; each goes to the device, is normalised there and forwarded;
-the objective gives a loss that is exact over all ranks and micro-batches; gradients are exchanged in the last
-micro-batch; the optimizer steps at the learning rate of this global step. Everything scheduled (phase, learning rate,
-evaluation, saving) is a pure function of the global step, so that a resumed run cannot differ.
+the objective gives a loss that is exact over all ranks and micro-batches (`WindowStep`); gradients are exchanged in the
+last micro-batch; the engine's replica steps at the learning rate of this global step. Everything scheduled (phase,
+learning rate, evaluation, saving) is a pure function of the global step, so that a resumed run cannot differ.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from oat_dist.batch import Batch, Window
+from oat_dist.batch import Window
 from oat_dist.checkpoint import CheckpointStore, has_checkpoints
 from oat_dist.config import Config
 from oat_dist.console import Display
 from oat_dist.engine import Engine
+from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import loss_not_finite
 from oat_dist.evaluate import Evaluation
 from oat_dist.metrics import AnchorMean, Meter
-from oat_dist.models import norms_frozen
 from oat_dist.objectives import OAT, CrossEntropy, Objective
 from oat_dist.parts import (
     build_criterion,
     build_data,
     build_network,
-    check_single_samples,
+    check_layout,
+    inexact,
     learning_rate,
     optimizer_for,
 )
@@ -38,6 +39,7 @@ from oat_dist.run_facts import environment, model_card, run_facts, run_identity
 from oat_dist.run_folder import RunFolder
 from oat_dist.training_state import TrainingState
 from oat_dist.validation import evaluate_network
+from oat_dist.window_step import WindowStep
 
 __all__ = ["Trainer"]
 
@@ -70,11 +72,16 @@ class Trainer:
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
         # A run that goes on has its weights in its checkpoint; the file it started from may be gone.
         resumes = has_checkpoints(self.folder.path)
-        network = build_network(config, len(self.classes), self.world, initial_weights=not resumes)
-        check_single_samples(config, self.data.loader, network)
-        self.model = engine.prepare(network)
-        self.network = engine.unwrap(self.model)
-        self.optimizer = optimizer_for(config, self.network)
+        network, self.notes = build_network(config, len(self.classes), engine, initial_weights=not resumes)
+        check_layout(config, self.data.loader, network)
+        self.notes += inexact(config, network, self.data.loader.layout)
+        if config.model.compile:
+            network.compile()
+        self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        layout = self.data.loader.layout
+        shape = BatchShape(layout.largest_part, len(layout.deal(config.batch_size)))
+        self.replica = engine.prepare(network, optimizer_for(config, network), shape, config.optim.clip_norm)
+        self.network = self.replica.network
 
         self.step = 0
         self.best: dict[str, Any] = {}
@@ -83,7 +90,13 @@ class Trainer:
         self.evaluated_at = -1
         self.meter = Meter(self.world, min(config.log.every_steps, self.steps_per_epoch))
         self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
-        self.state = TrainingState(self.network, self.optimizer, self.anchor_mean, self.meter, self.world)
+        self.state = TrainingState(self.replica, self.anchor_mean, self.meter, self.world)
+        self.window_step = WindowStep(
+            self.replica,
+            lambda batch: self.data.normalise(batch.images_BHWC),
+            config.anchor.span,
+            self._record_loss,
+        )
 
     @property
     def objective(self) -> Objective:
@@ -101,7 +114,7 @@ class Trainer:
             self.world.together(self.folder.adopt, self.config)
             self.store = CheckpointStore(self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep)
             size = self.config.data.image_size
-            self.engine.warm_up(self.model, torch.zeros(2, 3, size, size, device=self.world.device))
+            self.replica.warm_up(torch.zeros(2, 3, size, size, device=self.world.device))
             self._start()
             largest = self.data.loader.layout.largest_part
             remedy = f"try micro_batch_size={max(largest // 2, 1)} at the same batch_size={self.config.batch_size}"
@@ -110,19 +123,21 @@ class Trainer:
             self._finish()
 
     def _start(self) -> None:
+        for note in self.notes:
+            self.display.say(note)
         newest, damaged = self.store.newest()
         for problem in damaged:
             self.display.say(f"warning: passed over a checkpoint: {problem}")
         if newest is not None:
-            facts = self.world.together(self.state.restore, newest, self.identity)
+            facts = self.state.restore(newest, self.identity)
             self.step, self.best = facts["step"], facts["best"]
             self.world.together(self.store.point, newest, self.best.get("step"))
             self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
         self.folder.cut_torn_line()
         if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
-            facts = run_facts(self.config, self.engine, self.data, self.network)
+            facts = run_facts(self.engine, self.data, self.num_parameters)
             self.folder.write_json("environment.json", environment(self.world, **facts))
-            how = {"world_size": self.world.size, "precision": self.engine.precision, "threads": self.engine.threads}
+            how = {name: facts[name] for name in ("engine", "precision", "threads")} | {"world_size": self.world.size}
             self.folder.log(event="resume" if newest else "start", step=self.step, time=time.time(), **how)
 
     def _train(self) -> None:
@@ -142,7 +157,7 @@ class Trainer:
 
     def _begin_oat(self) -> None:
         """As the authors do with two scripts: the weights go on, the momentum starts anew."""
-        self.optimizer.state.clear()
+        self.replica.reset_optimizer()
         self.best = {}  # of the phase: an accuracy under another protocol is no measure for it
         if self.step:
             self.display.say(f"step {self.step:,}: cross-entropy ends, OAT begins")
@@ -154,34 +169,15 @@ class Trainer:
         if self.config.data.on_bad == "skip":  # only then may fewer samples count than the plan says
             valid = torch.tensor(window.num_valid, device=self.world.device, dtype=torch.float64)
             num_samples = self.world.all_reduce(valid).clamp_(min=1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        last = len(window.batches) - 1
-        for number, batch in enumerate(window.batches):
-            with (
-                self.engine.micro_step(self.model, last=number == last),
-                norms_frozen(self.network, batch.empty),
-            ):
-                self._forward_backward(batch, num_samples)
-        norm = None
-        if self.config.optim.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        self.window_step.run(self.objective, window.batches, num_samples)
+        return self.replica.step(self.learning_rate(self.step))
 
-    def _forward_backward(self, batch: Batch, num_samples: int | Tensor) -> None:
-        logits_BC = self.model(self.data.normalise(batch.images_BHWC))
-        labels_B = batch.labels_B.to(self.world.device, non_blocking=True)
-        valid_B = None if batch.valid_B is None else batch.valid_B.to(self.world.device, non_blocking=True)
-        objective = self.objective
-        loss = objective.loss(logits_BC, labels_B, num_samples, valid_B)
-        loss.backward()
+    def _record_loss(self, loss: Tensor) -> None:
         self.meter.add_loss(loss)
-        anchors_GC = objective.anchors()
+        anchors_GC = self.objective.anchors()
         if anchors_GC is not None:
-            statistics = self.criterion.statistics
-            self.anchor_mean.add(anchors_GC, None if valid_B is None or statistics is None else statistics.count_G > 0)
+            assert self.criterion.statistics is not None
+            self.anchor_mean.add(anchors_GC, self.criterion.statistics.count_G > 0)
 
     def _after_step(self, epoch: int) -> None:
         """Log, evaluate and save when it is time; the same decisions on every rank."""
@@ -248,11 +244,11 @@ class Trainer:
     def evaluate(self) -> Evaluation | None:
         """Every protocol on the evaluation split; the result on rank 0, None on the others."""
         assert self.data.eval_set is not None
-        self.engine.sync_buffers(self.network)
+        self.replica.sync_buffers()
         config, anchored = self.config, self.trained_with.name == "oat"
         with self.engine.memory(f"lower eval.batch_size={config.eval.batch_size}; it changes no answer"):
             return evaluate_network(
-                self.network,
+                self.replica.forward_only,
                 self.data.eval_set,
                 self.data.normalise,
                 self.world,
@@ -269,7 +265,7 @@ class Trainer:
             )
 
     def _save(self, best: bool) -> None:
-        self.engine.sync_buffers(self.network)
+        self.replica.sync_buffers()
         self.state.check_finite(self.step, self.folder.path)
         shared = self.state.shared(self._facts(), model_card(self.config, self.classes, self.trained_with.name))
         self.store.save(self.step, shared, self.state.own(), best)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from oat_dist.checkpoint import Checkpoint, load_optimizer, optimizer_tensors, rng_tensors, set_rng
+from oat_dist.checkpoint import Checkpoint
 from oat_dist.distributed import World
+from oat_dist.engine import Replica
 from oat_dist.errors import CheckpointError, not_finite
 from oat_dist.metrics import AnchorMean, Meter
+from oat_dist.randomness import random_state, set_random_state
 
 __all__ = ["TrainingState"]
 
@@ -22,8 +24,7 @@ __all__ = ["TrainingState"]
 class TrainingState:
     """The parts of a run that change while it trains."""
 
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
+    replica: Replica
     anchor_mean: AnchorMean
     meter: Meter
     world: World
@@ -32,21 +33,21 @@ class TrainingState:
         """Refuse to save a network that has diverged.
 
         Raises:
-            TrainingError: on every rank, since all hold the same weights.
+            TrainingError: on every rank.
         """
-        if not bool(torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()]).all()):
+        if not self.replica.is_finite():
             raise not_finite(
                 f"the weights are not finite after step {step:,}, which is therefore not saved; lower optim.lr or set "
                 f"optim.clip_norm; {folder} keeps its checkpoints from before"
             )
 
     def shared(self, facts: dict[str, Any], model_card: dict[str, Any]) -> dict[str, dict[str, Tensor] | str]:
-        """Files that rank 0 writes. Every rank must call it: the stored anchor is reduced over all."""
+        """Files that rank 0 writes. Every rank must call it: each may hold a part of everything."""
         stored_C = self.anchor_mean.value(self.world)
         files: dict[str, dict[str, Tensor] | str] = {
-            "model.safetensors": self.network.state_dict(),
+            "model.safetensors": self.replica.weights(),
             "model.json": json.dumps(model_card, indent=1) + "\n",
-            "optimizer.safetensors": optimizer_tensors(self.optimizer, self.network),
+            "optimizer.safetensors": self.replica.optimizer_state(),
             "state.json": json.dumps(facts, indent=1) + "\n",
         }
         if stored_C is not None:
@@ -57,7 +58,7 @@ class TrainingState:
         """What each rank writes for itself."""
         fingerprint = self.meter.fingerprint
         return {
-            **rng_tensors(self.world.device),
+            **random_state(self.world.device),
             "anchor_running": self.anchor_mean.running_X,
             "anchor_finished": self.anchor_mean.finished_X,
             # Two halves: a 64-bit unsigned number does not fit an int64 tensor.
@@ -65,7 +66,7 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: Checkpoint, identity: dict[str, Any]) -> dict[str, Any]:
-        """Load everything and return the facts it was saved with.
+        """Load everything and return the facts it was saved with. Every rank must call it.
 
         Args:
             identity: facts that must be equal: digests of the data, precision.
@@ -73,6 +74,14 @@ class TrainingState:
         Raises:
             CheckpointError: the checkpoint was trained on other data or in another precision.
         """
+        facts, weights, optimizer_state = self.world.together(self._read, checkpoint, identity)
+        self.replica.load(weights, optimizer_state)
+        self.world.together(self._restore_own, checkpoint)
+        return facts
+
+    def _read(
+        self, checkpoint: Checkpoint, identity: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         facts = checkpoint.json("state.json")
         if facts["precision"] != identity["precision"]:
             raise CheckpointError(
@@ -86,10 +95,7 @@ class TrainingState:
                     f"{checkpoint.folder}: was {done} on other data; set data.path to the same packed data set, "
                     "or choose another output_dir"
                 )
-        self.network.load_state_dict(checkpoint.tensors("model.safetensors"))
-        load_optimizer(self.optimizer, self.network, checkpoint.tensors("optimizer.safetensors"))
-        self._restore_own(checkpoint)
-        return facts
+        return facts, checkpoint.tensors("model.safetensors"), checkpoint.tensors("optimizer.safetensors")
 
     def _restore_own(self, checkpoint: Checkpoint) -> None:
         """Sums that ranks keep for themselves: exactly at the same world size, else their total on rank 0."""
@@ -104,4 +110,4 @@ class TrainingState:
             self.anchor_mean.running_X += part["anchor_running"].to(device)
         self.anchor_mean.finished_X.copy_(checkpoint.tensors(files[0])["anchor_finished"])
         if same:
-            set_rng(parts[0], device)
+            set_random_state(parts[0], device)

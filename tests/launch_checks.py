@@ -32,7 +32,8 @@ def refusals() -> dict[str, str | None]:
         "none": attempt({}),
         "srun": attempt({"SLURM_STEP_NUM_TASKS": "2"}),
         "processes": attempt({}, processes=2),
-        "deepspeed": attempt({"ACCELERATE_USE_DEEPSPEED": "true"}),
+        "deepspeed": attempt({"ACCELERATE_USE_DEEPSPEED": "true"}, name="ddp"),
+        "fsdp": attempt({"ACCELERATE_USE_FSDP": "true"}),
         "fp16": attempt({"ACCELERATE_MIXED_PRECISION": "fp16"}),
         "precision": attempt({"ACCELERATE_MIXED_PRECISION": "bf16"}, precision="no"),
     }

@@ -18,15 +18,13 @@ from oat_dist.checkpoint import (
     Checkpoint,
     CheckpointStore,
     find_checkpoint,
-    load_optimizer,
-    optimizer_tensors,
-    rng_tensors,
-    set_rng,
     verify,
 )
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError
 from oat_dist.optim import build_optimizer
+from oat_dist.optimizer_state import load_optimizer, optimizer_tensors
+from oat_dist.randomness import random_state, set_random_state
 
 
 @pytest.fixture
@@ -437,8 +435,8 @@ def test_optimizer_state_of_another_network() -> None:
 def test_random_numbers_go_on_where_they_were() -> None:
     device = torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
-        state = rng_tensors(device)
+        state = random_state(device)
         first = torch.randn(5)
         assert not torch.equal(torch.randn(5), first)
-        set_rng(state, device)
+        set_random_state(state, device)
         assert torch.equal(torch.randn(5), first)

@@ -60,6 +60,31 @@ def test_accelerate_launch_trains_on_two_ranks_and_evaluates(tmp_path: Path, dig
     assert found == {name: one["correct"] for name, one in logged.items()}
 
 
+def test_accelerate_launch_with_deepspeed_is_deepspeed(tmp_path: Path, digits: dict[str, ShardSet]) -> None:
+    """The ready files, as a user starts them; Accelerate's ways of silently becoming DDP would show in the log."""
+    (tmp_path / "config.yaml").write_text(BASE)
+    environment = {
+        **single_environment(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    launch = ["accelerate", "launch", "--config_file", "configs/accelerate/zero2.yaml", "launch/train.py"]
+    data, run = digits["train"].folder.parent, tmp_path / "run"
+    command = [*launch, str(tmp_path / "config.yaml"), f"data.path={data}", f"output_dir={run}", "max_steps=40"]
+    done = subprocess.run(command, cwd=TOP, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((run / "environment.json").read_text())
+    assert (facts["world_size"], facts["engine"], facts["precision"]) == (2, "zero2", "no")
+    assert "engine" in (run / "metrics.jsonl").read_text().splitlines()[0]
+    noise = [line for line in done.stderr.splitlines() if "eep" in line and "peed" in line]
+    assert noise == []  # what DeepSpeed says of itself would bury our own lines
+    # a conflict names both sides
+    said = subprocess.run(
+        [*command, "engine.name=zero3"], cwd=TOP, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert said.returncode != 0
+    assert "engine.name=zero3 is asked for, but the launcher (configs/deepspeed/zero2.json) says zero2" in said.stderr
+
+
 def failing(tmp_path: Path, world: int, *arguments: str) -> list[str]:
     """What each rank of a training that must fail says on stderr; none of it a traceback."""
     (tmp_path / "config.yaml").write_text(BASE)
@@ -163,7 +188,10 @@ def test_launches_that_would_lie_are_refused() -> None:
     assert "2 processes were started but this one sees 1" in messages["srun"]
     assert "accelerate launch or torchrun" in messages["srun"]
     assert "engine.processes=2, but 1 process" in messages["processes"]
-    assert "asks for DeepSpeed" in messages["deepspeed"]
+    assert messages["deepspeed"] == (
+        "engine.name=ddp is asked for, but the launcher (zero_stage) says zero2; make them agree"
+    )
+    assert "asks for FSDP" in messages["fsdp"] and "configs/accelerate/" in messages["fsdp"]
     assert "use bf16" in messages["fp16"]
     assert "engine.precision=no" in messages["precision"] and "--mixed_precision bf16" in messages["precision"]
     assert messages["none"] is None

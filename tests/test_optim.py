@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from oat_dist.config import Config
+from oat_dist.engine.replica import set_learning_rate
 from oat_dist.errors import ConfigError
 from oat_dist.optim import Schedule, build_optimizer
 from oat_dist.parts import learning_rate
@@ -91,6 +92,22 @@ def test_norms_and_biases_are_not_decayed(name: str) -> None:
     optimizer.step()
     moved = {key: not torch.equal(parameter, before[key]) for key, parameter in model.named_parameters()}
     assert moved == {key: value > 0 for key, value in by_name.items()}
+
+
+def test_the_head_has_a_learning_rate_of_its_own() -> None:
+    model = net()
+    names = [name for name, _ in model.named_parameters()]
+    head = [name for name in names if name.startswith("3.")]
+    optimizer = build_optimizer(model, "sgd", 0.1, head=head, head_lr_scale=10.0)
+    by_id = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: by_id[id(p)] for name, p in model.named_parameters()} == {
+        name: 10.0 if name in head else 1.0 for name in names
+    }
+    plain = build_optimizer(model, "sgd", 0.1, head=head)
+    assert len(plain.param_groups) < len(optimizer.param_groups)
+    assert {group["lr_scale"] for group in plain.param_groups} == {1.0}
+    set_learning_rate(optimizer.param_groups, 0.5)
+    assert {(group["lr_scale"], group["lr"]) for group in optimizer.param_groups} == {(1.0, 0.5), (10.0, 5.0)}
 
 
 def test_frozen_parameters_are_left_out() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from oat_dist.checkpoint import load_optimizer, optimizer_tensors
 from oat_dist.commands.evaluate import _evaluate, add_arguments
 from oat_dist.config import load_config
 from oat_dist.distributed import counts
 from oat_dist.engine import Engine, start_engine
 from oat_dist.errors import OatError
+from oat_dist.optimizer_state import load_optimizer, optimizer_tensors
 from oat_dist.trainer import Trainer
 
 BASE = """\
@@ -180,12 +180,12 @@ def switch(engine: Engine, root: Path, data: str) -> dict[str, bool]:
     """The first OAT step of a real run, against the same step taken by hand with new and with old momentum."""
     trainer = fit(engine, root, data, "switch", f"max_steps={STEPS_PER_EPOCH}")
     weights_before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
-    momentum = optimizer_tensors(trainer.optimizer, trainer.network)
+    momentum = optimizer_tensors(trainer.replica.optimizer, trainer.network)
     assert any(key.startswith("momentum_buffer/") for key in momentum)
     after = {}
     for name, kept in (("new", {}), ("old", {key: value.clone() for key, value in momentum.items()})):
         trainer.network.load_state_dict(weights_before)
-        load_optimizer(trainer.optimizer, trainer.network, kept)
+        load_optimizer(trainer.replica.optimizer, trainer.network, kept)
         trainer.train_step(next(trainer.data.loader.windows(STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1)))
         trainer.meter.restart()
         after[name] = {key: value.clone() for key, value in trainer.network.state_dict().items()}

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OatError("--batch-size and --group-size must be at least 1")
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise OatError(f"{arguments.predictions}: no such folder to write to")
-    engine = start_engine()
+    engine = start_engine(name="ddp")
     with engine.peers():
         evaluation, facts = _evaluate(arguments, engine.world)
     if evaluation is not None:

@@ -4,7 +4,9 @@
    threads or shards, and uses its own 64-bit hash, so it is the same with any version of any library.
 2. Global batch k is the slice [k B, (k+1) B) of that order; the last one may be short.
 3. `Layout.deal` cuts a global batch into micro-batches (consecutive slices) and each of those into one contiguous
-   part a rank, in whole units (the groups of anchor scope "group", else single samples), as evenly as it goes.
+   part a rank, in whole units (the groups of anchor scope "group", else single samples), as evenly as it goes. With
+   `whole_shares` (anchor span "step") it is the other way round: each rank has one contiguous share of the global
+   batch, in whole units, and cuts that into micro-batches wherever it likes.
 4. `fingerprint` sums a hash of (epoch, position, id) over what was consumed: equal sums mean equal order.
 
 So a position (epoch, samples consumed) is all a resumed run needs, also on another number of ranks.
@@ -107,6 +109,8 @@ class Layout:
         micro_batch_size: most samples a rank holds in one forward pass; None: all of its share.
         unit: samples that must stay together (a group of anchor scope "group"), else 1.
         drop_last: whether the last, short global batch of an epoch is dropped.
+        whole_shares: deal the global batch over the ranks first and cut each share into micro-batches after; an
+            anchor set may then be larger than a micro-batch.
 
     Raises:
         ConfigError: a batch that cannot be dealt without an idle rank or a cut group; names the remedy.
@@ -117,6 +121,7 @@ class Layout:
     micro_batch_size: int | None = None
     unit: int = 1
     drop_last: bool = False
+    whole_shares: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
@@ -128,13 +133,14 @@ class Layout:
                 f"batch_size={self.batch_size} is {units} {what}, fewer than the {self.world} ranks: a rank would be "
                 f"idle; use batch_size >= {self.unit * (self.world - 1) + 1} or fewer ranks"
             )
-        if self.micro_batch_size is None:
+        if self.micro_batch_size is None or self.whole_shares:
             return
         largest = -(-units // self.world) * self.unit
         if self.micro_batch_size % self.unit and min(largest, self.batch_size) > self.micro_batch_size:
             raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size} would cut a group of {self.unit} samples; use a multiple "
-                f"of anchor.group_size, such as {max(self.micro_batch_size // self.unit, 1) * self.unit}"
+                f"of anchor.group_size, such as {max(self.micro_batch_size // self.unit, 1) * self.unit}, "
+                "or anchor.span=step"
             )
 
     def steps(self, num_samples: int) -> int:
@@ -171,7 +177,18 @@ class Layout:
         Only the last micro-batch is dealt unevenly and may leave a rank empty (of a full batch of 9 on 2 ranks with
         micro_batch_size=2, the ninth sample); a rank with none in a whole batch occurs in a short batch only.
         """
+        if self.whole_shares:
+            return _deal_shares(count, self.world, self.micro_batch_size, self.unit)
         return _deal(count, self.world, self.micro_batch_size, self.unit)
+
+
+@functools.lru_cache(maxsize=64)
+def _deal_shares(count: int, world: int, micro_batch_size: int | None, unit: int) -> list[list[Part]]:
+    [shares] = _deal(count, world, None, unit)
+    largest = max(len(share) for share in shares)
+    number = 1 if micro_batch_size is None else max(-(-largest // micro_batch_size), 1)
+    cuts = [[share.start + len(share) * cut // number for cut in range(number + 1)] for share in shares]
+    return [[Part(edges[m], edges[m + 1]) for edges in cuts] for m in range(number)]
 
 
 @functools.lru_cache(maxsize=64)

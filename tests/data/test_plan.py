@@ -121,6 +121,36 @@ def test_no_more_micro_batches_than_needed(case: tuple[Layout, int]) -> None:
     assert len(micro_batches) == (1 if bound is None else -(-largest_share // bound))
 
 
+@given(layouts(), st.integers(1, 40))
+@modest
+def test_whole_shares_are_contiguous_and_cut_evenly(case: tuple[Layout, int], micro_batch_size: int) -> None:
+    """Anchor span "step": the shares are those of one micro-batch; where they are cut does not matter to groups."""
+    layout, num_samples = case
+    shares = Layout(layout.batch_size, layout.world, micro_batch_size, layout.unit, layout.drop_last, whole_shares=True)
+    whole = Layout(layout.batch_size, layout.world, None, layout.unit, layout.drop_last)
+    for start, stop, micro_batches in global_batches(shares, num_samples):
+        [expected] = whole.deal(stop - start)
+        for rank, share in enumerate(expected):
+            parts = [parts[rank] for parts in micro_batches]
+            assert (parts[0].start, parts[-1].stop) == (share.start, share.stop)
+            assert all(before.stop == after.start for before, after in pairwise(parts))
+            assert max(map(len, parts)) <= micro_batch_size
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert len(micro_batches) == max(-(-max(map(len, expected)) // micro_batch_size), 1)
+
+
+def test_a_group_may_be_larger_than_a_micro_batch_with_whole_shares() -> None:
+    with pytest.raises(ConfigError, match=r"would cut a group of 8 samples.*anchor\.span=step"):
+        Layout(32, 2, micro_batch_size=4, unit=8)
+    dealt = Layout(32, 2, micro_batch_size=4, unit=8, whole_shares=True).deal(32)
+    assert [[(part.start, part.stop) for part in parts] for parts in dealt] == [
+        [(0, 4), (16, 20)],
+        [(4, 8), (20, 24)],
+        [(8, 12), (24, 28)],
+        [(12, 16), (28, 32)],
+    ]
+
+
 @given(st.integers(4, 60), st.integers(0, 3), SEEDS, st.integers(1, 150))
 @modest
 def test_the_order_is_the_same_on_any_number_of_ranks(batch_size: int, epoch: int, seed: int, extra: int) -> None:
