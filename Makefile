@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check format bench cifar10 clean
+.PHONY: help quickstart test check format bench bench-memory vit-l cifar10 clean
 
 help:
 	@echo "make quickstart   install, pack digits, train with OAT on two processes (or every GPU), evaluate, report"
 	@echo "make test         every test, on real processes (OAT_TEST_DATA=FOLDER adds those on real photos)"
 	@echo "make check        format, lint and types"
 	@echo "make format       mend format and lint"
-	@echo "make bench        our training step and loss against bare PyTorch"
+	@echo "make bench        our training step and loss against bare PyTorch; global anchors against each rank's own"
+	@echo "make bench-memory what DDP and ZeRO-1, 2, 3 hold of ViT-L-16 on two CPU processes, against theory"
+	@echo "make vit-l        ViT-L-16 takes steps under ZeRO-2 and ZeRO-3 on two CPU processes"
 	@echo "make cifar10 CIFAR10=FOLDER   the README's CIFAR-10 runs, from a folder of train/ and test/ images"
 
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +41,13 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/torchrun --standalone --nproc_per_node 2 benchmarks/scope.py
+
+bench-memory: $(READY)
+	$(BIN)/python benchmarks/memory.py
+
+vit-l: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/vit_l.sh
 
 cifar10: $(READY)
 	@test -n "$(CIFAR10)" || { echo "error: say where the images are: make cifar10 CIFAR10=FOLDER"; exit 1; }

@@ -15,8 +15,8 @@ Theory, in bytes a parameter: W ranks, fp32 weights, k state tensors of the opti
     zero2    4         4 / W, 4 / W, 0                                4k / W   none
     zero3    4 / W     4 / W, 4 / W, 4 / W                            4k / W   none
 
-Buffers of the exchange come on top. DDP's buckets take 4 more, also at rest; with gradient_as_bucket_view the gradients
-lie in them once they are exchanged. DeepSpeed's have reduce_bucket_size elements, and are kept by ZeRO-3 only.
+Buffers of the exchange come on top. DDP's buckets take 4 more, also at rest. DeepSpeed's buffer has reduce_bucket_size
+elements; ZeRO-1 has it between micro-batches, ZeRO-3 always.
 
 Exits with 1 when ZeRO-3 at rest holds more than 0.52 of what DDP holds, all of the above counted, on two processes.
 """
@@ -138,11 +138,12 @@ def theory(engine: str, parameters: int, world: int, optimizer: str, bucket: int
     fixed = {
         "parameters": part if stage == 3 else whole,
         "optimizer state": (part if stage else whole) * (2 if optimizer == "adamw" else 1),
-        "exchange buffers": whole if stage == 0 else 4.0 * bucket if stage == 3 else 0.0,
     }
     found = {}
     for moment, gradients in zip(MOMENTS, (between, after, rest), strict=True):
-        found[moment] = {**fixed, "gradients": gradients}
+        kept = stage == 3 or (stage == 1 and moment == MOMENTS[0])
+        exchange = whole if stage == 0 else 4.0 * bucket if kept else 0.0
+        found[moment] = {**fixed, "gradients": gradients, "exchange buffers": exchange}
         found[moment]["held"] = sum(found[moment].values())
     return found
 
@@ -223,7 +224,10 @@ def show(results: Mapping[str, dict[str, Any]]) -> None:
             print(line)
     peaks = "".join(f"{result['peak resident'] / 2**20:>22,.1f}" for result in results.values())
     print(f"{'peak resident':<24}{peaks}")
-    print("Resident memory holds Python, libraries and exchanges too; its peak on a CPU does not show the sharding.")
+    print(
+        "Resident memory holds Python, libraries and activations too. It falls with what is held only because freed "
+        "memory\nis given back at once here (MALLOC_MMAP_THRESHOLD_); elsewhere it does not show the sharding."
+    )
 
 
 def judge(results: Mapping[str, dict[str, Any]], processes: int) -> int:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(_COMMANDS[name][0])
         parser = argparse.ArgumentParser(prog=f"oat-dist {name}")
         module.add_arguments(parser)
-        parsed = parser.parse_args(arguments[1:])
+        parsed = parser.parse_intermixed_args(arguments[1:])  # options may stand between CONFIG and key=value
         return run_command(lambda: module.run(parsed))
     parser = argparse.ArgumentParser(
         prog="oat-dist",

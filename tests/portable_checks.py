@@ -35,9 +35,10 @@ def part(root: str, data: str, name: str, settings: str | None, stop: int, alone
         # with the last part of the global batch of 45 dealt unevenly, and BatchNorm statistics and dropout in the state
         for run in () if alone else (f"{name}-whole-{optimizer}", f"{name}-resumed-{optimizer}"):
             arguments = (engine, folder, data, run)
-            overrides = (*COMMON, *extra, "model.name=mobilenet_v3_small", "data.image_size=32", "max_steps=4")
+            overrides = (*COMMON, *extra, "model.name=mobilenet_v3_small", "max_steps=3")
+            overrides = (*overrides, "micro_batch_size=null", "anchor.span=micro")
             if "resumed" in run:
-                fit_in_two(*arguments, 2, *overrides)
+                fit_in_two(*arguments, 1, *overrides)
             else:
                 fit(*arguments, *overrides)
     engine.close()

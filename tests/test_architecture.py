@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluate",),
     ("config", "validation", "predict"),
     ("parts", "run_folder"),
-    ("run_facts",),
+    ("run_facts", "parallel_check.*"),
     ("trainer",),
     ("run_summary",),
     ("train", "commands.*"),

@@ -26,7 +26,17 @@ from oat_dist.engine.zero_config import read_settings, stage_of
 from oat_dist.errors import ConfigError, LaunchError, OatError, run_command
 from oat_dist.parallel_check.job import Job, check_config, plan_job, write_job
 from oat_dist.parallel_check.processes import REFERENCE, Stage, run_stage
-from oat_dist.parallel_check.verdict import BOUND, CONTROL, FARTHER, Control, Row, conclude, judge, judge_controls
+from oat_dist.parallel_check.verdict import (
+    BOUND,
+    CONTROL,
+    FARTHER,
+    Control,
+    Row,
+    bound_of,
+    conclude,
+    judge,
+    judge_controls,
+)
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -36,13 +46,13 @@ Check that N processes train your configuration exactly as one process would, be
 A few optimizer steps are taken from the initial weights on the first global batches of your own plan: by one process
 on the joined batch, with plain autograd on the textbook formulas, and by N ranks on every engine asked for, with and
 without accumulation. Then everything is compared. Two wrong ways are tried besides; were they not noticed, the
-agreement would prove nothing. Start it with plain python, on one machine; it starts its own ranks, one a GPU, or CPU
-processes. Nothing is written but --json.
+agreement would prove nothing. One machine is enough, also for a cluster: start it with plain python inside an
+allocation or outside; it starts its own ranks, one a GPU, or CPU processes. Nothing is written but --json.
 
 What is checked is the arithmetic, so some things differ from training: fp32, SGD with your optim.lr and momentum
-(whatever optim.name says), fixed BatchNorm statistics, no dropout. The notes above the table name what applies.
-The joined batch must fit in one process; a smaller batch_size=... on the command line helps. $TMPDIR must have room
-for a few copies of the weights.
+(whatever optim.name says), fixed BatchNorm statistics, no dropout, smooth activations. Notes above the table name
+what applies. The joined batch must fit in one process; a smaller batch_size=... on the command line helps. $TMPDIR
+must have room for a few copies of the weights.
 
 columns:
   layout       how the global batch is cut; (configured) is yours
@@ -52,10 +62,11 @@ columns:
   gradient     the same of the gradient's norm
   parameters   |theta_N - theta_1| / |theta_1 - theta_0| after the last step
   collectives  ours in a step: one for each global anchor, else none
-  verdict      ok when every difference is at most {BOUND:.0e}
+  verdict      ok when every difference is at most {BOUND:.0e}, or 5 times what rounding alone makes of it
 
-Below them: how far rounding alone goes (one process, forward in two halves), and the two wrong ways. They are noticed
-when their parameters differ by more than {CONTROL:.0e}, or their anchors {FARTHER} times as much as those above.
+Below them: what rounding alone does (one process, the same sums in another order), and two wrong ways. They are
+noticed when their parameters are off by {CONTROL:.0e} and by {FARTHER} times as much as in any row, or their anchors by
+{FARTHER} times as much.
 
 Exit status: 0 when every row is ok and every control is noticed, 1 when not, 2 when it could not be checked.
 """
@@ -109,20 +120,20 @@ def run(arguments: argparse.Namespace) -> int:
         _say(f"reference: 1 process, {len(job.batches)} steps on joined batches of {config.batch_size} ...")
         [reference] = run_stage(Stage(REFERENCE, "ddp", 1), folder, cpu, deadline)
         rows: list[Row] = []
-        controls: list[Control] = []
+        found: dict[str, list[dict[str, Any]]] = {}  # by engine and rank
         for number, engine in enumerate(engines):
             also = " and controls" if number == 0 else ""
             _say(f"{engine}: {processes} ranks, {len(job.cases)} layout(s){also} ...")
             stage = Stage(engine, engine, processes, _settings(engine, given, folder), controls=number == 0)
-            ranks = run_stage(stage, folder, cpu, deadline)
-            rows += judge(job, engine, reference, ranks)
-            controls += judge_controls(job, engine, reference, ranks, rows)
+            found[engine] = run_stage(stage, folder, cpu, deadline)
+            rows += judge(job, engine, reference, found[engine])
+    controls = judge_controls(job, engines[0], reference, found[engines[0]], rows)
     notes += [*reference["notes"], *remarks]
     ok, text = conclude(rows, controls, reference["rounding"])
     _print(arguments.config, config, job, reference, notes, rows, controls)
     print(f"\n{text}  ({time.monotonic() - started:.0f} s)")
     if arguments.json is not None:
-        found = {
+        record = {
             "ok": ok,
             "verdict": text,
             "config": str(arguments.config),
@@ -130,21 +141,21 @@ def run(arguments: argparse.Namespace) -> int:
             "processes": processes,
             "device": reference["device"],
             "steps": len(job.batches),
-            "bound": BOUND,
+            "bound": bound_of(reference),
             "control_bound": CONTROL,
             "rounding": reference["rounding"],
             "notes": notes,
             "rows": [dataclasses.asdict(row) for row in rows],
             "controls": [dataclasses.asdict(control) for control in controls],
         }
-        arguments.json.write_text(json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
+        arguments.json.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
     return 0 if ok else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verify-parallel")
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     return run_command(lambda: run(arguments))
 
 

@@ -130,6 +130,7 @@ class Zero(Replica):
             with self.micro_step(last=True):
                 self.backward(self.engine(images_BCHW).sum() * 0)
             self.step(0.0)
+        zero_state.link_state(self.optimizer, self.stage)
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:

@@ -20,6 +20,7 @@ from oat_dist.errors import CheckpointError
 __all__ = [
     "clear_padding",
     "held",
+    "link_state",
     "load_optimizer_state",
     "load_weights",
     "optimizer_state",
@@ -60,6 +61,16 @@ def clear_padding(network: nn.Module, world: World) -> None:
         part = held(parameter)
         whole = getattr(parameter, "ds_numel", parameter.numel())
         part.data[min(max(whole - world.rank * part.numel(), 0), part.numel()) :] = 0
+
+
+def link_state(optimizer: Any, stage: int) -> None:
+    """Let parameters know their optimizer state, once all of it exists.
+
+    Under stages 1 and 2 DeepSpeed does so after the first group's first step, when other groups have no state yet.
+    """
+    if stage != 3:
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def weights(network: nn.Module, stage: int, world: World) -> dict[str, Tensor]:
@@ -110,13 +121,13 @@ def load_optimizer_state(
 
     kinds, steps = _kinds(optimizer)
     given = {key.partition("/")[0] for key in tensors}
-    if given and given != kinds | ({_STEP} if steps is not None else set()):
+    if given and given != {*kinds, *([_STEP] if steps is not None else [])}:
         raise CheckpointError(
             f"the checkpoint has optimizer state {', '.join(sorted(given))}, this optimizer has "
-            f"{', '.join(sorted(kinds)) or 'none'}; check optim.name"
+            f"{', '.join(kinds) or 'none'}; check optim.name"
         )
     for name, parameter in _trained(network):
-        for kind in kinds & given:
+        for kind in (kind for kind in kinds if kind in given):
             value = tensors.get(f"{kind}/{name}")
             if value is None:  # a parameter that has had no gradient yet
                 continue
@@ -142,14 +153,17 @@ def _trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
 
 
-def _kinds(optimizer: Any) -> tuple[set[str], Tensor | None]:
-    """Names of the state tensors that each parameter has, and the step count if the optimizer keeps one."""
+def _kinds(optimizer: Any) -> tuple[list[str], Tensor | None]:
+    """Names of the state tensors that each parameter has, and the step count if the optimizer keeps one.
+
+    In the same order on every rank: they are asked for in collectives, and the order of a set is a process's own.
+    """
     kinds: set[str] = set()
     steps = None
     for state in optimizer.optimizer.state.values():
         kinds |= {key for key, value in state.items() if isinstance(value, Tensor) and key != _STEP}
         steps = state.get(_STEP, steps)
-    return kinds, steps
+    return sorted(kinds), steps
 
 
 def _partition(value: Tensor, size: int, rank: int) -> Tensor:

@@ -16,6 +16,15 @@ __all__ = ["calibrate", "digest", "quieten", "wake_head"]
 # Where layers keep the rate at which they drop something, whatever library they are from.
 _RATES = ("p", "prob", "drop_prob", "drop_rate", "attn_drop_rate", "dropout", "attention_dropout")
 _HEAD_STD = 0.02
+# Smooth ones in place of activations with kinks; the parameters stay.
+_SMOOTH: dict[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: nn.GELU,
+    nn.ReLU6: nn.GELU,
+    nn.Hardtanh: nn.GELU,
+    nn.LeakyReLU: nn.GELU,
+    nn.Hardswish: nn.SiLU,
+    nn.Hardsigmoid: nn.Sigmoid,
+}
 
 
 def digest(network: nn.Module) -> str:
@@ -28,7 +37,7 @@ def digest(network: nn.Module) -> str:
 
 
 def quieten(network: nn.Module) -> list[str]:
-    """Fix BatchNorm's statistics and switch dropout and stochastic depth off; one note on each that was there."""
+    """Fix BatchNorm's statistics, switch dropout and stochastic depth off, smooth kinks; a note on each found."""
     notes = []
     sources = randomness(network)
     for norm in training_norms(network):
@@ -48,7 +57,28 @@ def quieten(network: nn.Module) -> list[str]:
             notes.append("BatchNorm: fixed statistics in this check; in training each rank normalises by what it holds")
         else:
             notes.append(f"{source}: off in this check; in training each rank draws its own")
+    if _smooth(network):
+        notes.append(
+            "ReLU and the like, max-pooling: smooth ones in this check, since at a kink the last bit of a sum decides "
+            "on a whole gradient, and rounding would hide what is looked for"
+        )
     return notes
+
+
+def _smooth(network: nn.Module) -> bool:
+    """Replace kinked layers; whether there were any. Functions called in a forward pass are out of reach."""
+    found = False
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            smooth: nn.Module | None = None
+            if child is not None and type(child) in _SMOOTH:
+                smooth = _SMOOTH[type(child)]()
+            elif isinstance(child, nn.MaxPool2d) and child.dilation in (1, (1, 1)) and not child.return_indices:
+                smooth = nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode)
+            if smooth is not None:
+                setattr(module, name, smooth)
+                found = True
+    return found
 
 
 def calibrate(network: nn.Module, images_BCHW: Tensor) -> None:
