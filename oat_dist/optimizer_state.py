@@ -59,10 +59,12 @@ def check_names(
                 f"{another}: {name} has shape {tuple(value.shape)} there and {tuple(shapes[name])} here; "
                 "check model.name and the number of classes"
             )
-    for key in optimizer_state:
-        name = key.partition("/")[2]
+    for key, value in optimizer_state.items():
+        kind, _, name = key.partition("/")
         if name not in shapes:
             raise _lacks(name)
+        if kind != "step" and value.shape != shapes[name]:
+            raise CheckpointError(f"{another}: {key} has shape {tuple(value.shape)}, {name} {tuple(shapes[name])}")
 
 
 def _lacks(name: str) -> CheckpointError:

@@ -103,8 +103,8 @@ def build_network(
     Raises:
         OatError: on every rank, when the network cannot be what the configuration says.
     """
-    _check_options(config.model, engine)
     world = engine.world
+    world.together(_check_options, config.model, engine)  # a compiler may be missing on one machine only
     weights = None
     if config.model.weights is not None and initial_weights:
         # One process of each machine fills the cache of downloads; the others then find it.
@@ -169,11 +169,16 @@ def check_layout(config: Config, loader: TrainLoader, network: nn.Module) -> Non
     dealt = loader.layout.deal(min(config.batch_size, samples)) + loader.layout.deal(last - first)
     sizes = {len(part) for micro_batch in dealt for part in micro_batch}
     remedy = "use data.drop_last=true or another batch_size or micro_batch_size"
-    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    synchronised = any(isinstance(norm, nn.SyncBatchNorm) and norm.training for norm in network.modules())
     if 0 in sizes and synchronised:
         raise ConfigError(
             f"batch_size={config.batch_size} leaves a rank without a sample in some micro-batch of {samples:,}, but "
             f"SyncBatchNorm needs all ranks; {remedy}, or model.sync_batchnorm=false"
+        )
+    if config.model.compile and config.anchor.span == "step" and "dropout" in randomness(network):
+        raise ConfigError(
+            f"model.compile with anchor.span=step needs a network without dropout ({config.model.name} has it): its "
+            "two passes are compiled apart and may draw other random numbers; use anchor.span=micro, or no compile"
         )
     if 1 in sizes and not synchronised and not takes_single_samples(network, config.data.image_size):
         raise ConfigError(
@@ -183,21 +188,31 @@ def check_layout(config: Config, loader: TrainLoader, network: nn.Module) -> Non
 
 
 def inexact(config: Config, network: nn.Module, layout: Layout) -> list[str]:
-    """Why this run would not end with the very parameters of one process on the joined batch: a line, or none."""
-    sources = randomness(network)
-    split = []
-    if layout.world > 1:
-        if any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()):
-            sources = [source for source in sources if source != "BatchNorm"]
-        split.append("ranks")
-    if len(layout.deal(config.batch_size)) > 1:
-        sources, split = randomness(network), [*split, "micro-batches"]
-    if not split or not sources:
+    """Why this run would not end with the very parameters of one process on the joined batch, line by line."""
+    accumulates = len(layout.deal(config.batch_size)) > 1
+    split = [*(["ranks"] if layout.world > 1 else []), *(["micro-batches"] if accumulates else [])]
+    if not split:
         return []
-    return [
-        f"note: {' and '.join(sources)} of {config.model.name} work on each part of a batch by themselves: the "
-        f"training depends on the number of {' and '.join(split)} (anchors and loss are exact all the same)"
-    ]
+    notes, sources, number = [], randomness(network), f"the number of {' and '.join(split)}"
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    if synchronised and not accumulates:
+        sources = [source for source in sources if source != "BatchNorm"]
+    if sources:
+        notes.append(
+            f"note: each part of a batch has its own {' and '.join(sources)} ({config.model.name}), so the training "
+            f"depends on {number}; anchors and loss are exact all the same"
+        )
+    anchor = config.anchor
+    if config.pretrain_epochs < config.epochs:
+        if anchor.scope == "device":
+            of = "rank" if anchor.span == "step" or not accumulates else "micro-batch of a rank"
+            notes.append(f"note: anchor.scope=device is an anchor for each {of}, so the loss depends on {number}")
+        elif anchor.scope == "global" and anchor.span == "micro" and accumulates:
+            notes.append(
+                "note: anchor.span=micro is an anchor for each micro-batch, so the loss depends on micro_batch_size; "
+                "anchor.span=step is one for the whole batch"
+            )
+    return notes
 
 
 def build_criterion(config: Config, num_classes: int) -> OATLoss:

@@ -71,7 +71,7 @@ class Trainer:
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
         # A run that goes on has its weights in its checkpoint; the file it started from may be gone.
-        resumes = has_checkpoints(self.folder.path)
+        resumes = self.world.gather_objects(has_checkpoints(self.folder.path))[0]
         network, self.notes = build_network(config, len(self.classes), engine, initial_weights=not resumes)
         check_layout(config, self.data.loader, network)
         self.notes += inexact(config, network, self.data.loader.layout)

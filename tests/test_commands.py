@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def refusal(capsys: Capture, command: Callable[[list[str]], int], *arguments: ob
 # Help.
 
 
-@pytest.mark.parametrize("command", ["pack", "verify", "train", "evaluate", "predict", "report"])
+@pytest.mark.parametrize("command", ["pack", "verify", "train", "evaluate", "predict", "report", "verify-parallel"])
 def test_help_of_every_command(capsys: Capture, command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -66,7 +67,7 @@ def test_help_of_them_all(capsys: Capture) -> None:
     text = capsys.readouterr().out
     assert "oat-dist evaluate runs/quickstart" in text
     for command in cli._COMMANDS:
-        assert f"\n    {command} " in text
+        assert re.search(rf"\n    {command}\s", text)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from oat_dist.data.index import open_split
 from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
 from oat_dist.engine import start_engine
-from oat_dist.errors import DataError, OatError, run_command
+from oat_dist.engine.launcher import is_true
+from oat_dist.errors import DataError, LaunchError, OatError, run_command
 from oat_dist.evaluate import PROTOCOLS, Evaluation
 from oat_dist.predict import load_network
 from oat_dist.run_folder import read_config
@@ -74,6 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise OatError("--batch-size and --group-size must be at least 1")
     if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
         raise OatError(f"{arguments.predictions}: no such folder to write to")
+    if is_true("ACCELERATE_USE_DEEPSPEED"):
+        raise LaunchError(
+            "evaluation runs without DeepSpeed: start it with plain python, or with cpu-2.yaml or gpus.yaml of "
+            "configs/accelerate/"
+        )
     engine = start_engine(name="ddp")
     with engine.peers():
         evaluation, facts = _evaluate(arguments, engine.world)

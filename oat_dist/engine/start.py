@@ -61,7 +61,10 @@ def start_engine(
     """
     plan = agree(name, deepspeed, precision)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cpu = not torch.cuda.is_available() or is_true("ACCELERATE_USE_CPU")
+    cpu = is_true("ACCELERATE_USE_CPU")  # asked first: torch.cuda would look at the GPUs that we then hide
+    if cpu and plan.stage:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    cpu = cpu or not torch.cuda.is_available()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     share = _threads(threads)
     if cpu:
@@ -84,6 +87,10 @@ def start_engine(
         size=accelerator.num_processes,
         device=accelerator.device,
     )
+    if cpu and world.device.type != "cpu":
+        raise LaunchError(
+            f"asked for the CPU (ACCELERATE_USE_CPU), Accelerate chose {world.device}; set CUDA_VISIBLE_DEVICES= too"
+        )
     _check(accelerator, world, plan, asked, processes)
     return Engine(accelerator, world, plan, torch.get_num_threads())
 
@@ -105,7 +112,6 @@ def _deepspeed(plan: Plan, cpu: bool, timeout: datetime.timedelta) -> Accelerato
         # With ACCELERATE_USE_CPU, or cpu=True, Accelerate starts plain DDP instead; without gloo each rank is alone.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         process_group["backend"] = "gloo"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if "LOCAL_RANK" not in os.environ:  # one process that no launcher started: DeepSpeed wants a group all the same

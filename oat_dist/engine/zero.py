@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from oat_dist.distributed import World
 from oat_dist.engine import zero_state
 from oat_dist.engine.replica import Replica, set_learning_rate, untouched
-from oat_dist.errors import LaunchError, not_finite
+from oat_dist.errors import ConfigError, LaunchError, not_finite
 from oat_dist.optimizer_state import check_names
 
 __all__ = ["Zero", "import_deepspeed"]
@@ -46,6 +46,21 @@ def import_deepspeed(on_cpu: bool) -> Any:
     # It calls collectives by names that newer versions of torch want written differently.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     return deepspeed
+
+
+def _initialize(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """DeepSpeed's engine around the network.
+
+    Raises:
+        ConfigError: settings that DeepSpeed does not take, in its own words.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        return accelerator.prepare(network, optimizer)[0]
+    except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, KeyError) as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"DeepSpeed refuses its settings (engine.deepspeed, configs/deepspeed/): {said}") from error
 
 
 class Zero(Replica):
@@ -79,7 +94,7 @@ class Zero(Replica):
         plugin.deepspeed_config.update(settings, steps_per_print=float("inf"))
         accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"]
         accelerator.deepspeed_engine_wrapped = None  # a replica before this one has been closed
-        self.engine, _ = accelerator.prepare(network, optimizer)
+        self.engine = _initialize(accelerator, network, optimizer)
         self.optimizer = self.engine.optimizer  # DeepSpeed's, around ours
         self._check(type(optimizer))
         if self.stage == 3:
@@ -148,6 +163,7 @@ class Zero(Replica):
 
     def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         check_names(self._shapes, weights, optimizer_state)
+        zero_state.check_kinds(self.optimizer, optimizer_state)
         zero_state.load_weights(self.network, self.optimizer, self.stage, self.world, weights)
         self.reset_optimizer()
         zero_state.load_optimizer_state(self.network, self.optimizer, self.stage, self.world, optimizer_state)

@@ -65,8 +65,33 @@ def read_settings(path: Path) -> dict[str, Any]:
     for key in ("enabled", "dtype"):
         if key in settings.get("torch_autocast", {}):
             raise ConfigError(f"{path}: torch_autocast.{key} follows from engine.precision; take it out of the file")
+    _refuse_unfit(settings, path)
     stage_of(settings, str(path))
     return settings
+
+
+def _refuse_unfit(settings: Mapping[str, Any], path: Path) -> None:
+    """What would round gradients or weights in silence, or keep state where a checkpoint cannot be made of it.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if settings.get("communication_data_type") not in (None, "auto", "fp32"):
+        raise ConfigError(
+            f"{path}: communication_data_type={settings['communication_data_type']} would round every gradient; take "
+            "it out (torch_autocast.lower_precision_safe_modules does so by layer, under engine.precision=bf16)"
+        )
+    zero = settings.get("zero_optimization", {})
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            raise ConfigError(f"{path}: {key} trains another network than one process does; take it out")
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key) or {}
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        if device not in ("none", "cpu"):
+            raise ConfigError(
+                f"{path}: {key}.device must be cpu or none, not {device}: no checkpoint can be made of it"
+            )
 
 
 _REQUIRED: Mapping[str, Any] = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -125,6 +150,6 @@ def with_offload(stage: int, optimizer: str, parameters: str) -> dict[str, Any]:
         if device == "none":
             continue
         if device != "cpu":
-            raise LaunchError(f"the launcher's {key}_device={device}: set it in a DeepSpeed file (engine.deepspeed)")
+            raise LaunchError(f"the launcher's {key}_device={device}: only cpu is supported")
         zero[key] = {"device": "cpu", "pin_memory": True}
     return {"zero_optimization": zero}

@@ -18,6 +18,7 @@ from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError
 
 __all__ = [
+    "check_kinds",
     "clear_padding",
     "held",
     "link_state",
@@ -109,16 +110,12 @@ def load_weights(network: nn.Module, optimizer: Any, stage: int, world: World, t
     optimizer.refresh_fp32_params()  # masters that are apart: offloaded ones
 
 
-def load_optimizer_state(
-    network: nn.Module, optimizer: Any, stage: int, world: World, tensors: Mapping[str, Tensor]
-) -> None:
-    """Write whole optimizer state into the partitions, which must exist (`Zero.warm_up`).
+def check_kinds(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse optimizer state that is not this optimizer's.
 
     Raises:
-        CheckpointError: state that this optimizer does not have, or lacks.
+        CheckpointError: of another optimizer, or of parameters that have taken different numbers of steps.
     """
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
     kinds, steps = _kinds(optimizer)
     given = {key.partition("/")[0] for key in tensors}
     if given and given != {*kinds, *([_STEP] if steps is not None else [])}:
@@ -126,8 +123,24 @@ def load_optimizer_state(
             f"the checkpoint has optimizer state {', '.join(sorted(given))}, this optimizer has "
             f"{', '.join(kinds) or 'none'}; check optim.name"
         )
+    counts = _counts(tensors)
+    if len(counts) > 1:
+        raise CheckpointError(f"the checkpoint's parameters have taken different numbers of steps: {sorted(counts)}")
+
+
+def _counts(tensors: Mapping[str, Tensor]) -> set[int]:
+    return {int(value) for key, value in tensors.items() if key.startswith(f"{_STEP}/")}
+
+
+def load_optimizer_state(
+    network: nn.Module, optimizer: Any, stage: int, world: World, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write whole optimizer state into the partitions, which must exist (`Zero.warm_up`)."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    kinds, _ = _kinds(optimizer)
     for name, parameter in _trained(network):
-        for kind in (kind for kind in kinds if kind in given):
+        for kind in kinds:
             value = tensors.get(f"{kind}/{name}")
             if value is None:  # a parameter that has had no gradient yet
                 continue
@@ -136,9 +149,7 @@ def load_optimizer_state(
                 safe_set_local_optimizer_state(parameter, part, kind)
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
-    counts = {int(value) for key, value in tensors.items() if key.startswith(f"{_STEP}/")}
-    if len(counts) > 1:
-        raise CheckpointError(f"the checkpoint's parameters have taken different numbers of steps: {sorted(counts)}")
+    counts = _counts(tensors)
     for state in optimizer.optimizer.state.values():
         if counts and _STEP in state:
             state[_STEP].fill_(next(iter(counts)))
