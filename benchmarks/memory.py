@@ -234,8 +234,13 @@ def judge(results: Mapping[str, dict[str, Any]], processes: int) -> int:
     """Print the ratios at rest; 1 when ZeRO-3 holds too much."""
     at_rest = {name: int(result["moments"]["at rest"]["held"]) for name, result in results.items()}
     if "ddp" in at_rest:
-        for name in at_rest:
-            print(f"{name} at rest holds {at_rest[name] / at_rest['ddp']:.3f} of what ddp holds")
+        ddp = results["ddp"]["moments"]["at rest"]
+        least = ddp["parameters"] + ddp["optimizer state"]
+        for name, held in at_rest.items():
+            print(
+                f"{name} at rest holds {held / ddp['held']:.3f} of what ddp holds, "
+                f"{held / least:.3f} of its parameters and optimizer state"
+            )
     if processes != 2 or not {"ddp", "zero3"} <= at_rest.keys() or at_rest["zero3"] <= MOST_OF_DDP * at_rest["ddp"]:
         return 0
     print(f"error: zero3 holds more than {MOST_OF_DDP} of what ddp holds")

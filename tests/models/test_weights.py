@@ -50,6 +50,18 @@ def test_weights_of_the_same_network(tmp_path: Path, name: str) -> None:
     assert len(before) == 2
 
 
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_lite0"])
+def test_a_new_head_on_trained_features_starts_small(tmp_path: Path, name: str) -> None:
+    """EfficientNets' own start is +-1/sqrt(C), made for a thousand classes."""
+    path = save(tmp_path, build_model(name, 1000))
+    fresh, model = build_model(name, 2), build_model(name, 2)
+    (head,) = head_paths(model)
+    limit = fresh.get_submodule(head).weight.shape[1] ** -0.5
+    assert fresh.get_submodule(head).weight.abs().max() > 10 * limit  # the control, and from scratch it stays so
+    load_weights(model, name, path)
+    assert 0 < model.get_submodule(head).weight.abs().max() <= limit
+
+
 def test_weights_without_a_head(tmp_path: Path) -> None:
     source = build_model("lightweight", 10)
     model = build_model("lightweight", 10)
