@@ -105,7 +105,7 @@ class Meter:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         values: dict[str, Any] = {
             "loss": float(losses_L.mean()),
-            "samples_per_s": round(self._samples / seconds, 1),
+            "samples_per_s": float(f"{self._samples / seconds:.4g}"),
             "data_wait": round(self._data_seconds / seconds, 4),
             "fingerprint": f"{self.global_fingerprint():016x}",
         }

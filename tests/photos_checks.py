@@ -14,8 +14,8 @@ from oat_dist.engine import start_engine
 from oat_dist.trainer import Trainer
 
 CONFIG = """\
-epochs: 2
-pretrain_epochs: 1
+epochs: 3
+pretrain_epochs: 2
 model: {freeze: body}
 data: {image_size: 96, eval_split: val}
 optim: {lr: 0.01, head_lr_scale: 2.0, clip_norm: 1.0}
@@ -56,12 +56,13 @@ def fine_tune(root: str, photos: str, weights: str) -> dict[str, Any]:
             )
             same = [key for key, value in end.items() if key in given and given[key].shape == value.shape]
             moved = [key for key in same if not torch.equal(end[key], given[key])]
-            evaluation = json.loads((run / "evaluation.json").read_text())
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             found[name] = {
                 "kept": len(same) - len(moved),
                 "moved": moved,
                 "new": sorted(end.keys() - set(same)),
-                "accuracy": evaluation["protocols"]["batch"]["accuracy"],
+                "losses": [(line["phase"], line["loss"]) for line in lines if "loss" in line],
+                "judged": json.loads((run / "evaluation.json").read_text())["total"],
                 "notes": trainer.notes,
             }
     engine.close()

@@ -49,7 +49,7 @@ def test_batch_clipping_and_precision_come_from_us_alone(tmp_path: Path) -> None
     )
     full = complete(read_settings(path), 4, BatchShape(8, 2), 1.5, "bf16")
     assert full == {
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 10_000_000},
         "communication_data_type": "fp32",  # theirs is passed on
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 2,

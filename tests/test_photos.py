@@ -1,6 +1,7 @@
 """Real ImageNet weights, real photos, the normal way through the configuration, on two ranks.
 
-A small sample of what docs/transfer.md reports: here only the heads are trained, on small images.
+A small sample of what docs/transfer.md reports: here only the heads are trained, on small images, to see that they
+learn while nothing else moves.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def test_pretrained_heads_learn_on_two_ranks(photos: Path, tmp_path: Path) -> No
         assert one["moved"] == [], name  # the body is frozen, and so are its BatchNorm statistics
         assert one["kept"] > 40
         assert one["new"] and all(key.startswith(("classifier.",)) for key in one["new"])
-        assert one["accuracy"] > 0.65, one  # 54 % are bees
+        phases, losses = zip(*one["losses"], strict=True)
+        assert phases == ("cross_entropy", "cross_entropy", "oat")
+        assert losses[1] < losses[0], one  # it learns
+        assert one["judged"] == 153
         notes = " ".join(one["notes"])
         assert "with a new head of 2 classes" in notes and "frozen: " in notes
         assert "was pretrained with" not in notes  # mean and std are the right ones

@@ -6,6 +6,7 @@ saves the prepared one's overhead in every step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -43,6 +44,8 @@ class DataParallel(Replica):
         self.network = network
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        # Of gradients in another memory format than DDP's buckets: copied, and right.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._model = accelerator.prepare_model(network)
 
     @property
@@ -70,7 +73,8 @@ class DataParallel(Replica):
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # Under DDP gradients stay in its buckets; let go, each would grow a second copy beside them.
+        self.optimizer.zero_grad(set_to_none=not isinstance(self._model, DistributedDataParallel))
         return norm
 
     def warm_up(self, images_BCHW: Tensor) -> None:

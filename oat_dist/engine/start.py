@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 
 from oat_dist.distributed import World
 from oat_dist.engine.base import Engine
@@ -102,7 +107,10 @@ def _data_parallel(plan: Plan, cpu: bool, timeout: datetime.timedelta) -> Accele
     return Accelerator(
         cpu=cpu,
         mixed_precision=plan.precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are held twice
+        ],
     )
 
 
@@ -114,6 +122,8 @@ def _deepspeed(plan: Plan, cpu: bool, timeout: datetime.timedelta) -> Accelerato
         os.environ["DS_ACCELERATOR"] = "cpu"
         process_group["backend"] = "gloo"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # What Accelerate would refuse beside a file, such as mixed_precision in its yaml; `agree` has looked at all of it.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     if "LOCAL_RANK" not in os.environ:  # one process that no launcher started: DeepSpeed wants a group all the same
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))

@@ -63,6 +63,16 @@ def _initialize(accelerator: Accelerator, network: nn.Module, optimizer: torch.o
         raise ConfigError(f"DeepSpeed refuses its settings (engine.deepspeed, configs/deepspeed/): {said}") from error
 
 
+def _idle_buffers(optimizer: Any, stage: int) -> list[tuple[torch.UntypedStorage, int]]:
+    """Storages, with their sizes, that ZeRO-3 would keep between steps, when nothing is in them: as much as
+    the shard of the weights and a bucket of `reduce_bucket_size`. Offloaded ones stay: they are pinned."""
+    if stage != 3 or optimizer.offload_optimizer:
+        return []
+    buffers = [optimizer.grad_partitions_flat_buffer, *(bucket.buffer for bucket in optimizer.ipg_buckets.values())]
+    storages = [buffer.untyped_storage() for buffer in buffers if buffer is not None]
+    return [(storage, storage.nbytes()) for storage in storages]
+
+
 class Zero(Replica):
     """A network under DeepSpeed.
 
@@ -100,6 +110,7 @@ class Zero(Replica):
         if self.stage == 3:
             zero_state.clear_padding(network, world)
         zero_state.share_weights(self.optimizer, self.stage)
+        self._idle_buffers = _idle_buffers(self.optimizer, self.stage)
 
     def _check(self, asked: type[torch.optim.Optimizer]) -> None:
         stage, used = self.engine.zero_optimization_stage(), type(self.optimizer.optimizer)
@@ -124,6 +135,10 @@ class Zero(Replica):
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
+        if self._idle_buffers and not self._idle_buffers[0][0].nbytes():
+            for storage, size in self._idle_buffers:
+                storage.resize_(size)
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         self.engine.set_gradient_accumulation_boundary(last)
         yield
 
@@ -133,6 +148,8 @@ class Zero(Replica):
     def step(self, lr: float) -> Tensor | None:
         set_learning_rate(self.optimizer.param_groups, lr)
         self.engine.step()
+        for storage, _ in self._idle_buffers:
+            storage.resize_(0)
         if not self.engine.was_step_applied():
             raise not_finite(
                 "gradients are not finite, so the optimizer did not step; lower optim.lr or set optim.clip_norm"
