@@ -10,7 +10,7 @@ every tensor that Python knows of, shows that nothing was forgotten.
 Theory, in bytes a parameter: W ranks, fp32 weights, k state tensors of the optimizer (1: momentum, 2: AdamW).
 
              weights   gradients: between, after backward, at rest   state    masters
-    ddp      4         4, 4, 4: in the buckets of the exchange        4k       none
+    ddp      4         4, 4, 0; and 4 in the buckets of the exchange  4k       none
     zero1    4         4, 4 / W, 0                                    4k / W   none: they are the weights
     zero2    4         4 / W, 4 / W, 0                                4k / W   none
     zero3    4 / W     4 / W, 4 / W, 0                                4k / W   none
@@ -134,15 +134,14 @@ def theory(engine: str, parameters: int, world: int, optimizer: str, bucket: int
     whole, part, stage = 4.0 * parameters, 4.0 * parameters / world, ENGINES.index(engine)
     between = whole if stage < 2 else part
     after = part if stage else whole
-    rest = 0.0 if stage else whole
     fixed = {
         "parameters": part if stage == 3 else whole,
         "optimizer state": (part if stage else whole) * (2 if optimizer == "adamw" else 1),
     }
     found = {}
-    for moment, gradients in zip(MOMENTS, (between, after, rest), strict=True):
+    for moment, gradients in zip(MOMENTS, (between, after, 0.0), strict=True):
         kept = moment != MOMENTS[2] if stage == 3 else stage == 1 and moment == MOMENTS[0]
-        exchange = 4.0 * bucket if kept else 0.0
+        exchange = whole if stage == 0 else 4.0 * bucket if kept else 0.0
         found[moment] = {**fixed, "gradients": gradients, "exchange buffers": exchange}
         found[moment]["held"] = sum(found[moment].values())
     return found

@@ -47,8 +47,8 @@ def finish_run(trainer: Trainer) -> None:
     report = write_report(folder)
     config = trainer.config
     print(
-        f"\ntrained   {config.model.name}, {trainer.step:,} steps ({trainer.step / trainer.steps_per_epoch:.3g} epochs) "
-        f"on {trainer.world.size} process(es)"
+        f"\ntrained   {config.model.name}, {trainer.step:,} steps "
+        f"({trainer.step / trainer.steps_per_epoch:.3g} epochs) on {trainer.world.size} process(es)"
     )
     evaluation = trainer.evaluation
     if evaluation is not None:

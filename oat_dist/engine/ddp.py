@@ -44,7 +44,7 @@ class DataParallel(Replica):
         self.network = network
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        # Of gradients in another memory format than DDP's buckets: copied, and right.
+        # Of gradients in another memory format than DDP's buckets: they are copied, which is right.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self._model = accelerator.prepare_model(network)
 
@@ -73,8 +73,7 @@ class DataParallel(Replica):
         if self.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         self.optimizer.step()
-        # Under DDP gradients stay in its buckets; let go, each would grow a second copy beside them.
-        self.optimizer.zero_grad(set_to_none=not isinstance(self._model, DistributedDataParallel))
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def warm_up(self, images_BCHW: Tensor) -> None:

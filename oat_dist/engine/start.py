@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 
 from oat_dist.distributed import World
 from oat_dist.engine.base import Engine
@@ -107,10 +102,7 @@ def _data_parallel(plan: Plan, cpu: bool, timeout: datetime.timedelta) -> Accele
     return Accelerator(
         cpu=cpu,
         mixed_precision=plan.precision,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else gradients are held twice
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
 
 
