@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -178,6 +179,13 @@ def matrix(name: str, deepspeed: str | None, precision: str) -> dict[str, Any]:
     return found
 
 
+def sets_of_batch(plan: Layout, scope: str, span: str, group: int, joined: bool, count: int) -> list[list[int]]:
+    sets = anchor_sets(plan, count, scope, span, group)
+    if joined:  # METHOD: the plain joined batch
+        assert sets == [list(range(count))]
+    return sets
+
+
 def distances(engine: Engine) -> dict[str, float]:
     start = parameters(small_vit().state_dict())
     found = {}
@@ -189,12 +197,8 @@ def distances(engine: Engine) -> dict[str, float]:
         if not engine.world.is_main:
             continue
 
-        def sets_of(count: int) -> list[list[int]]:
-            sets = anchor_sets(plan, count, scope, span, group)  # noqa: B023
-            if scope == "global" and (span == "step" or micro is None):  # noqa: B023
-                assert sets == [list(range(count))]  # METHOD: the plain joined batch
-            return sets
-
+        joined = scope == "global" and (span == "step" or micro is None)
+        sets_of = functools.partial(sets_of_batch, plan, scope, span, group, joined)
         expected = oat_reference(sets_of, "probabilities", attached)
         found[f"{scope}/{variant}/{'attached' if attached else 'detached'}"] = distance(theta, expected, start)
     return found
