@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,3 +101,6 @@ class Engine:
     def close(self) -> None:
         """End the process group, so that no rank outlives the others in a collective."""
         self.accelerator.end_training()
+        # gloo's threads are joined when the last reference to the group goes. Networks and optimizers refer to it in
+        # circles; left to the end of the interpreter, a thread that still lets go of a tensor there aborts the process.
+        atexit.register(gc.collect)
