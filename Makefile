@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check format bench bench-memory vit-l cifar10 clean
+.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing scale soak vit-l cifar10 clean
 
 help:
 	@echo "make quickstart   install, pack digits, train with OAT on two processes (or every GPU), evaluate, report"
@@ -13,6 +13,10 @@ help:
 	@echo "make format       mend format and lint"
 	@echo "make bench        our training step and loss against bare PyTorch; global anchors against each rank's own"
 	@echo "make bench-memory what DDP and ZeRO-1, 2, 3 hold of ViT-L-16 on two CPU processes, against theory"
+	@echo "make bench-data   our loader against webdataset, ImageFolder, streaming, DALI; decoding alone (BENCH_FLAGS=...)"
+	@echo "make bench-packing   pack against tar, verify against sha256sum"
+	@echo "make scale        an index of 100 million samples: opening it, planning over it, and the memory of both"
+	@echo "make soak SPLIT=FOLDER   the loader over many epochs, and whether its memory grows"
 	@echo "make vit-l        ViT-L-16 takes steps under ZeRO-2 and ZeRO-3 on two CPU processes"
 	@echo "make cifar10 CIFAR10=FOLDER   the README's CIFAR-10 runs, from a folder of train/ and test/ images"
 
@@ -45,6 +49,19 @@ bench: $(READY)
 
 bench-memory: $(READY)
 	$(BIN)/python benchmarks/memory.py
+
+bench-data: $(READY)
+	$(BIN)/python benchmarks/data.py $(BENCH_FLAGS)
+
+bench-packing: $(READY)
+	$(BIN)/python benchmarks/packing.py $(BENCH_FLAGS)
+
+scale: $(READY)
+	$(BIN)/python benchmarks/scale.py $(BENCH_FLAGS)
+
+soak: $(READY)
+	@test -n "$(SPLIT)" || { echo "error: say which packed split: make soak SPLIT=packed/cifar10/train"; exit 1; }
+	$(BIN)/python benchmarks/soak.py "$(SPLIT)" $(BENCH_FLAGS)
 
 vit-l: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/vit_l.sh

@@ -7,7 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Window"]
+__all__ = ["Batch", "Mix", "Window"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the samples of a micro-batch are mixed in pairs (mixup, cutmix).
+
+    Attributes:
+        partner_B: int64, the slot each sample is mixed with; its own for one that stays as it is.
+        share: of a sample's own image and label, 0..1; the rest is its partner's.
+        box: (top, bottom, left, right) in pixels, filled from the partner; None: the whole images are averaged.
+    """
+
+    partner_B: Tensor
+    share: float
+    box: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Batch:
             stand-in of a rank that has none left) is outside anchor, loss and N.
         empty: whether the rank has no sample in this micro-batch and runs one masked stand-in, in step with the
             others.
+        mix: None for samples as they are.
     """
 
     images_BHWC: Tensor
@@ -29,6 +45,7 @@ class Batch:
     ids_B: Tensor
     valid_B: Tensor | None = None
     empty: bool = False
+    mix: Mix | None = None
 
     def __len__(self) -> int:
         return len(self.labels_B)

@@ -14,7 +14,9 @@ __all__ = ["main"]
 # Command -> module; imported on use, so that --help answers at once.
 _COMMANDS = {
     "pack": ("oat_dist.commands.pack", "pack images into shards"),
-    "verify": ("oat_dist.commands.verify", "check packed shards"),
+    "index": ("oat_dist.commands.index", "index shards that somebody else wrote"),
+    "verify": ("oat_dist.commands.verify", "check packed or indexed shards, find copies and leakage"),
+    "inspect": ("oat_dist.commands.inspect", "what a set holds, in numbers and pictures"),
     "train": ("oat_dist.train", "train (start it with accelerate launch for several processes)"),
     "evaluate": ("oat_dist.commands.evaluate", "accuracy of a checkpoint under every protocol"),
     "predict": ("oat_dist.commands.predict", "classify images"),
@@ -25,6 +27,7 @@ _COMMANDS = {
 _EXAMPLES = """\
 examples:
   oat-dist pack digits - packed/digits
+  oat-dist inspect packed/digits
   oat-dist train configs/quickstart.yaml
   oat-dist evaluate runs/quickstart
   oat-dist verify-parallel configs/quickstart.yaml

@@ -1,23 +1,21 @@
-"""From a configuration to the parts of a run: data, network, optimizer, learning rate."""
+"""From a configuration to the parts of a run: network, optimizer, learning rate. (`data_parts`: its data.)"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from oat_dist.config import Config, ModelConfig, check_floor
-from oat_dist.data.index import ShardSet, open_split
-from oat_dist.data.loader import BatchBuilder, TrainLoader
+from oat_dist.config_keys import Config, ModelConfig
+from oat_dist.data.loader import TrainLoader
 from oat_dist.data.plan import Layout, keyed_hash_int
-from oat_dist.data.transforms import Normalise
+from oat_dist.data.stream import StreamLoader
 from oat_dist.distributed import World
 from oat_dist.engine import Engine
-from oat_dist.errors import ConfigError, DataError
+from oat_dist.errors import ConfigError
 from oat_dist.models import (
     build_model,
     checkpoint_activations,
@@ -33,64 +31,13 @@ from oat_dist.oat_loss import OATLoss
 from oat_dist.optim import Schedule, build_optimizer
 
 __all__ = [
-    "DataParts",
     "build_criterion",
-    "build_data",
     "build_network",
     "check_layout",
     "inexact",
     "learning_rate",
     "optimizer_for",
 ]
-
-
-@dataclass(frozen=True)
-class DataParts:
-    """The opened splits and what turns the training split into batches on the device."""
-
-    train_set: ShardSet
-    eval_set: ShardSet | None
-    loader: TrainLoader
-    normalise: Normalise
-
-    @property
-    def builder(self) -> BatchBuilder:
-        return self.loader.builder
-
-
-def build_data(config: Config, world: World) -> DataParts:
-    """Open the splits and deal the training split over the ranks.
-
-    Raises:
-        OatError: on every rank, when data and configuration do not fit together.
-    """
-    data, root = config.data, Path(config.data.path)
-    train_set: ShardSet = world.together(open_split, root / data.train_split)
-    eval_set = None
-    if data.eval_split is not None:
-        eval_set = world.together(open_split, root / data.eval_split)
-        if eval_set.classes != train_set.classes:
-            raise DataError(
-                f"{root}: {data.train_split} and {data.eval_split} differ in their classes; pack them together"
-            )
-    check_floor(config, len(train_set.classes))
-    layout = Layout(
-        config.batch_size,
-        world.size,
-        config.micro_batch_size,
-        unit=config.anchor.group_size if config.anchor.scope == "group" else 1,
-        drop_last=data.drop_last,
-        whole_shares=config.anchor.span == "step",
-    )
-    builder = BatchBuilder(
-        train_set,
-        data.image_size,
-        on_bad=data.on_bad,
-        max_bad=data.max_bad,
-        pin_memory=world.device.type == "cuda",
-    )
-    loader = TrainLoader(builder, layout, world.rank, config.seed, data.augment, data.workers, data.prefetch)
-    return DataParts(train_set, eval_set, loader, Normalise(data.mean, data.std, world.device))
 
 
 def build_network(
@@ -157,7 +104,7 @@ def _build(config: Config, num_classes: int, world: World, weights: Path | None)
     return network, notes
 
 
-def check_layout(config: Config, loader: TrainLoader, network: nn.Module) -> None:
+def check_layout(config: Config, loader: TrainLoader | StreamLoader, network: nn.Module) -> None:
     """Refuse a layout that would end the first epoch in an error of BatchNorm, or hang in it.
 
     Raises:

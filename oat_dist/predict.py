@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from oat_dist.anchor import invert
 from oat_dist.checkpoint import Checkpoint, find_checkpoint
 from oat_dist.data.decode import ImageError, decode_rgb
-from oat_dist.data.transforms import Normalise, squash
+from oat_dist.data.pipeline import ImagePipeline
+from oat_dist.data.transforms import Normalise
 from oat_dist.errors import CheckpointError, DataError
 from oat_dist.models import build_model
 from oat_dist.objectives import oat_scores
 
-__all__ = ["OATClassifier", "load_network", "project_to_simplex"]
+__all__ = ["OATClassifier", "load_network", "pipeline_of", "project_to_simplex"]
 
 
 def load_network(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], Tensor | None]:
@@ -38,6 +39,12 @@ def load_network(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], Ten
     if card["objective"] == "oat":
         anchor_C = checkpoint.tensors("anchor.safetensors")["anchor"]
     return network.eval(), card, anchor_C
+
+
+def pipeline_of(card: dict[str, Any]) -> ImagePipeline:
+    """What is done to an image before the network of this card (model.json) sees it."""
+    size, crop = card["image_size"], card.get("crop", "squash")
+    return ImagePipeline(size, crop, crop_fraction=card.get("crop_fraction", 0.875))
 
 
 def project_to_simplex(scores_BC: Tensor) -> Tensor:
@@ -76,6 +83,7 @@ class OATClassifier:
         self.card = card
         self.classes: list[str] = card["classes"]
         self.stored_anchor_C = stored_anchor_C
+        self._pipeline = pipeline_of(card)
         self._normalise = Normalise(card["mean"], card["std"], self.device)
 
     @classmethod
@@ -124,8 +132,7 @@ class OATClassifier:
 
     @torch.inference_mode()
     def _logits(self, images: Sequence[Any]) -> Tensor:
-        size = self.card["image_size"]
-        images_BHWC = np.stack([squash(_as_rgb(image), size) for image in images])
+        images_BHWC = np.stack([self._pipeline.whole(_as_rgb(image)) for image in images])
         return self.network(self._normalise(torch.from_numpy(images_BHWC))).cpu()
 
 

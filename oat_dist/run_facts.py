@@ -13,9 +13,9 @@ import torch
 
 from oat_dist.anchor import default_floor
 from oat_dist.config import Config
+from oat_dist.data_parts import DataParts
 from oat_dist.distributed import World
 from oat_dist.engine import Engine
-from oat_dist.parts import DataParts
 
 __all__ = ["environment", "model_card", "run_facts", "run_identity"]
 
@@ -69,6 +69,8 @@ def model_card(config: Config, classes: list[str], objective: str) -> dict[str, 
         "image_size": config.data.image_size,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
+        "crop": config.data.eval_crop,
+        "crop_fraction": config.data.crop_fraction,
         "objective": objective,
         "center": config.anchor.center,
         "floor": default_floor(config.anchor.center, len(classes), config.anchor.floor),

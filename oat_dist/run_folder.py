@@ -32,6 +32,8 @@ _MAY_CHANGE = {
     "data.prefetch",
     "data.on_bad",  # what to do about a damaged image is known only once there is one
     "data.max_bad",
+    "data.cache_dir",
+    "data.cache_gb",
     "model.gradient_checkpointing",  # the same numbers, in other memory or time
     "engine.name",  # the state is the same for every engine
     "engine.deepspeed",
@@ -95,10 +97,10 @@ class RunFolder:
                     f"{path}: is missing, but there are checkpoints; restore it or choose another output_dir"
                 )
             try:
-                before = _flatten(dataclasses.asdict(Config())) | _flatten(yaml.safe_load(path.read_text()))
+                before = _pixels(_flatten(dataclasses.asdict(Config())) | _flatten(yaml.safe_load(path.read_text())))
             except (yaml.YAMLError, AttributeError) as error:
                 raise CheckpointError(f"{path}: damaged; restore it or choose another output_dir") from error
-            now = _flatten(dataclasses.asdict(config))
+            now = _pixels(_flatten(dataclasses.asdict(config)))
             different = [
                 f"{key}={before.get(key)} became {now.get(key)}"
                 for key in sorted(now.keys() | before.keys())
@@ -160,6 +162,12 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not {"path", "eval_split"} <= data.keys():
         raise OatError(f"{run / 'config.yaml'}: damaged, it has no section data; give --data and --split")
     return values
+
+
+def _pixels(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with what data.decoded_cache changes: nothing, but that crops are cut from whole images or not."""
+    changes = values["data.crop"] != "squash" and values["data.decoded_cache"] != "none"
+    return values | {"data.decoded_cache": "used" if changes else "none"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

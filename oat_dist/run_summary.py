@@ -20,7 +20,7 @@ def describe_layout(trainer: Trainer) -> str:
         str(trainer.network),
         "",
         f"model            {config.model.name}, {trainer.num_parameters:,} parameters, {len(trainer.classes)} classes",
-        f"data             {trainer.data.train_set.folder}: {trainer.data.train_set.num_samples:,} samples",
+        f"data             {trainer.data.train_set.where}: {trainer.data.train_set.num_samples:,} samples",
         f"processes        {trainer.world.size} on {trainer.world.device.type}, engine {trainer.engine.name}, "
         f"precision {trainer.engine.precision}",
         f"global batch     {config.batch_size}, in {len(full)} micro-batch(es)",

@@ -20,6 +20,8 @@ from oat_dist.batch import Window
 from oat_dist.checkpoint import CheckpointStore, has_checkpoints
 from oat_dist.config import Config
 from oat_dist.console import Display
+from oat_dist.data.device_copy import windows_on_device
+from oat_dist.data_parts import build_data
 from oat_dist.engine import Engine
 from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import loss_not_finite
@@ -28,7 +30,6 @@ from oat_dist.metrics import AnchorMean, Meter
 from oat_dist.objectives import OAT, CrossEntropy, Objective
 from oat_dist.parts import (
     build_criterion,
-    build_data,
     build_network,
     check_layout,
     inexact,
@@ -74,7 +75,7 @@ class Trainer:
         resumes = self.world.gather_objects(has_checkpoints(self.folder.path))[0]
         network, self.notes = build_network(config, len(self.classes), engine, initial_weights=not resumes)
         check_layout(config, self.data.loader, network)
-        self.notes += inexact(config, network, self.data.loader.layout)
+        self.notes += self.data.notes + inexact(config, network, self.data.loader.layout)
         if config.model.compile:
             network.compile()
         self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -93,7 +94,7 @@ class Trainer:
         self.state = TrainingState(self.replica, self.anchor_mean, self.meter, self.world)
         self.window_step = WindowStep(
             self.replica,
-            lambda batch: self.data.normalise(batch.images_BHWC),
+            self.data.images,
             config.anchor.span,
             self._record_loss,
         )
@@ -142,7 +143,7 @@ class Trainer:
 
     def _train(self) -> None:
         self.saved_time = time.monotonic()
-        windows = self.data.loader.windows(self.step, self.total_steps)
+        windows = windows_on_device(self.data.loader.windows(self.step, self.total_steps), self.world.device)
         self.meter.restart()
         while self.step < self.total_steps:
             if self.step == self.pretrain_steps:
@@ -252,7 +253,7 @@ class Trainer:
                 self.data.eval_set,
                 self.data.normalise,
                 self.world,
-                image_size=config.data.image_size,
+                pipeline=self.data.eval_pipeline,
                 center=self.criterion.center if anchored else None,
                 floor=self.criterion.anchor_floor,
                 stored_anchor_C=self.anchor_mean.value(self.world),
@@ -262,6 +263,7 @@ class Trainer:
                 seed=config.eval.seed,
                 on_bad=config.data.on_bad,
                 max_bad=config.data.max_bad,
+                decoded=self.data.eval_decoded,
             )
 
     def _save(self, best: bool) -> None:
@@ -295,6 +297,7 @@ class Trainer:
         if self.bad:
             names = [self.data.train_set.describe(sample_id) for sample_id in sorted(self.bad)]
             self.folder.log(event="skipped", step=self.step, samples=names, time=time.time())
+        self.data.close()
         self.folder.log(event="finished", step=self.step, time=time.time())
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from oat_dist.data.builder import BatchBuilder
+from oat_dist.data.decoded_cache import DecodedCache
 from oat_dist.data.index import ShardSet
-from oat_dist.data.loader import BatchBuilder, evaluation_batches
+from oat_dist.data.loader import evaluation_batches
+from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
 from oat_dist.evaluate import Evaluation, collect, judge
@@ -20,7 +23,7 @@ def evaluate_network(
     normalise: Normalise,
     world: World,
     *,
-    image_size: int,
+    pipeline: ImagePipeline,
     center: str | None,
     floor: float,
     stored_anchor_C: Tensor | None,
@@ -30,22 +33,24 @@ def evaluate_network(
     seed: int = 0,
     on_bad: str = "skip",
     max_bad: int | None = None,
+    decoded: DecodedCache | None = None,
 ) -> Evaluation | None:
     """Forward a whole split once and judge it; the result on rank 0, None on the others.
 
     Args:
         network: on the device, in any mode (restored afterwards); the same on every rank.
+        pipeline: what is done to each image.
         center: of the OAT anchors; None for a network trained with cross-entropy alone.
         batch_size: of the forward pass on each rank; changes speed only.
         on_bad: "stop" at an undecodable image, or "skip" up to `max_bad` of them on each rank (None: any number),
             which are then missing from the result's total.
+        decoded: where decoded images are kept; None: nowhere.
 
     Raises:
         DataError: an undecodable image and ``on_bad="stop"``, more of them than `max_bad`, or nothing left.
     """
-    builder = BatchBuilder(
-        shards, image_size, on_bad=on_bad, max_bad=shards.num_samples if max_bad is None else max_bad
-    )
+    budget = shards.num_samples if max_bad is None else max_bad
+    builder = BatchBuilder(shards, pipeline, on_bad=on_bad, max_bad=budget, decoded=decoded)
     training = network.training
     network.eval()
     try:

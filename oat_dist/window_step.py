@@ -62,9 +62,20 @@ class WindowStep:
                 norms_frozen(self.replica.network, batch.empty),
             ):
                 logits_BC = self.replica.model(self.images_of(batch))
-                loss = objective.loss(logits_BC, self._to_device(batch.labels_B), num_samples, self._valid(batch))
+                loss = self._loss(objective, logits_BC, batch, num_samples)
                 self.replica.backward(loss)
             self.on_loss(loss)
+
+    def _loss(self, objective: Objective, logits_BC: Tensor, batch: Batch, num_samples: int | Tensor) -> Tensor:
+        """Of one micro-batch; mixed samples have a share of their own label and the rest of their partner's."""
+        labels_B, valid_B = self._to_device(batch.labels_B), self._valid(batch)
+        loss = objective.loss(logits_BC, labels_B, num_samples, valid_B)
+        if batch.mix is None:
+            return loss
+        assert not objective.couples_samples, "labels are mixed under cross-entropy only"
+        other_B = labels_B[self._to_device(batch.mix.partner_B)]
+        other = objective.loss(logits_BC, other_B, num_samples, valid_B)
+        return batch.mix.share * loss + (1 - batch.mix.share) * other
 
     def _two_passes(self, objective: Objective, batches: Sequence[Batch], num_samples: int | Tensor) -> None:
         network, device = self.replica.network, self.replica.world.device

@@ -5,6 +5,8 @@ The function gets the arguments (JSON values) and returns JSON values; it runs o
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -72,33 +75,124 @@ def stop(processes: list[subprocess.Popen[str]]) -> None:
         process.wait()
 
 
+class RankServer:
+    """Has imported the trainer once and forks every rank from there: an import costs more than most tests do."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "ranks.py")],
+            env=rank_environment(0, 2, 0),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self.close)
+
+    def start(self, environment: dict[str, str], target: str, arguments: str, folder: str) -> int:
+        """Fork one rank, in a session of its own; its process id."""
+        return int(self._ask({"environment": environment, "run": [target, arguments, folder]}))
+
+    def status(self, pid: int) -> int | None:
+        """Its exit code, below zero for a signal; None while it runs."""
+        return self._ask({"status": pid})  # type: ignore[no-any-return]
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@functools.cache
+def rank_server() -> RankServer:
+    return RankServer()
+
+
 def run_ranks(world: int, target: str, *arguments: Any, timeout: float = 300) -> list[Any]:
     """Run ``module:function(*arguments)`` on `world` ranks and return their results by rank."""
+    server, port = rank_server(), free_port()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "ranks.py"), target, json.dumps(arguments), folder]
-        with Path(folder, "stderr").open("w") as stderr:
-            processes = start(command, world, stdout=subprocess.DEVNULL, stderr=stderr)
+        codes: dict[int, int | None] = {}
+        for rank in range(world):
+            environment = rank_environment(rank, world, port) if world > 1 else single_environment()
+            codes[server.start(environment, target, json.dumps(arguments), folder)] = None
+        deadline = time.monotonic() + timeout
+
+        def look() -> None:
+            codes.update({pid: server.status(pid) for pid, code in codes.items() if code is None})
+
         try:
-            deadline = time.monotonic() + timeout
-            while any(process.poll() is None for process in processes):
-                if time.monotonic() > deadline or any(process.poll() not in (None, 0) for process in processes):
+            while None in codes.values():
+                look()
+                if time.monotonic() > deadline or any(codes.values()):
                     time.sleep(1.0)  # let the others say what they saw
                     break
                 time.sleep(0.05)
         finally:
-            stop(processes)
-        if any(process.returncode != 0 for process in processes):
-            codes = [process.returncode for process in processes]
-            raise AssertionError(f"{target} on {world} ranks ended with {codes}:\n{Path(folder, 'stderr').read_text()}")
+            look()
+            for pid in [pid for pid, code in codes.items() if code is None]:
+                os.killpg(pid, signal.SIGKILL)
+            while None in codes.values():
+                look()
+        if any(codes.values()):
+            said = "".join(path.read_text() for path in sorted(Path(folder).glob("stderr-*")))
+            raise AssertionError(f"{target} on {world} ranks ended with {list(codes.values())}:\n{said}")
         return [json.loads(Path(folder, f"result-{rank}.json").read_text()) for rank in range(world)]
 
 
-def _main() -> None:
-    target, arguments, folder = sys.argv[1:]
+def _run(target: str, arguments: str, folder: str) -> None:
     module, _, name = target.partition(":")
     result = getattr(importlib.import_module(module), name)(*json.loads(arguments))
     Path(folder, f"result-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
+def _fork(environment: dict[str, str], target: str, arguments: str, folder: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(environment)
+        null = os.open(os.devnull, os.O_RDWR)
+        said = os.open(f"{folder}/stderr-{environment.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT)
+        for number, descriptor in enumerate((null, null, said)):
+            os.dup2(descriptor, number)
+        _run(target, arguments, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    """Answer questions on stdin until it ends; then end what still runs."""
+    import oat_dist.trainer  # noqa: F401  # what nearly every rank needs
+
+    running: dict[int, int | None] = {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "run" in question:
+            pid = _fork(question["environment"], *question["run"])
+            running[pid], answer = None, pid
+        else:
+            pid = question["status"]
+            if running[pid] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                running[pid] = os.waitstatus_to_exitcode(status) if ended else None
+            answer = running[pid]
+        print(json.dumps(answer), flush=True)
+    for pid in (pid for pid, code in running.items() if code is None):
+        os.killpg(pid, signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    _main()
+    _serve()

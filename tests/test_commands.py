@@ -46,7 +46,9 @@ def refusal(capsys: Capture, command: Callable[[list[str]], int], *arguments: ob
 # Help.
 
 
-@pytest.mark.parametrize("command", ["pack", "verify", "train", "evaluate", "predict", "report", "verify-parallel"])
+@pytest.mark.parametrize(
+    "command", ["pack", "index", "verify", "inspect", "train", "evaluate", "predict", "report", "verify-parallel"]
+)
 def test_help_of_every_command(capsys: Capture, command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oat_dist.config import Config, check_floor, describe_keys, load_config, to_yaml
+from oat_dist.config import Config, describe_keys, load_config, to_yaml
+from oat_dist.config_checks import check_floor
 from oat_dist.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -207,7 +208,23 @@ IMPOSSIBLE = [
     ("data.workers=0", "data.workers must be at least 1"),
     ("data.prefetch=-1", "data.prefetch must be at least 0"),
     ("data.max_bad=-1", "data.max_bad must be at least 0"),
-    ("data.augment=flop", "data.augment must be one of none, flip, not 'flop'; did you mean flip?"),
+    ("data.augment=flop", "data.augment must be none, or any of flip, pad_crop, randaugment, trivialaugment, not"),
+    ("data.augment=flop", "did you mean flip?"),
+    ("data.augment=none flip", "none stands alone"),
+    ("data.mode=steam", "data.mode must be one of shards, stream, not 'steam'; did you mean stream?"),
+    ("data.mode=stream", "data.mode=stream needs data.stream.urls, and data.stream.samples"),
+    ("data.stream.urls=a.tar", "data.stream.urls is for data.mode=stream; data.mode=shards reads data.path"),
+    ("data.crop=squish", "data.crop must be one of squash, random_resized_crop, center_crop, not 'squish'"),
+    ("data.eval_crop=random_resized_crop", "data.eval_crop must be one of squash, center_crop, not"),
+    ("data.crop_scale=[0.5, 0.1]", "data.crop_scale is two numbers above 0, at most 1, the smaller first"),
+    ("data.crop_ratio=[0, 1]", "data.crop_ratio is two numbers above 0, the smaller first, not [0.0, 1.0]"),
+    ("data.crop_fraction=0", "data.crop_fraction must be above 0 and at most 1, not 0.0"),
+    ("data.mix=mixip", "data.mix must be one of none, mixup, cutmix, not 'mixip'; did you mean mixup?"),
+    ("data.mix_alpha=5", "data.mix_alpha must be above 0 and at most 4, not 5.0"),
+    ("data.decoded_cache=rom", "data.decoded_cache must be one of none, ram, disk, not 'rom'; did you mean ram?"),
+    ("data.cache_gb=0", "data.cache_gb must be a positive number, not 0.0; null: no limit"),
+    ("data.shuffle_shards=0", "data.shuffle_shards must be at least 1"),
+    ("data.stream.shuffle=0", "data.stream.shuffle must be at least 1"),
     ("data.on_bad=ignore", "data.on_bad must be one of stop, skip, not 'ignore'"),
     ("data.mean=[1, 2]", "three numbers each"),
     ("data.std=[1, 1, 0]", "std above 0"),
@@ -258,6 +275,28 @@ IMPOSSIBLE = [
     ),
     ("log.every_steps=0", "log.every_steps must be at least 1"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.mix=mixup", "pretrain_epochs=0"), "pretrain_epochs=0 leaves no cross-entropy epoch to use it in"),
+        (("data.mix=cutmix", "anchor.span=step"), "keeps pairs of samples in one micro-batch, which anchor.span=step"),
+        (("data.eval_split=null",), "without data.eval_split needs data.stream.classes, the number of classes"),
+        (
+            ("data.mix=mixup", "pretrain_epochs=1"),
+            "data.mix=mixup needs data.mode=shards: a stream has no fixed samples",
+        ),
+        (("data.decoded_cache=ram",), "data.decoded_cache=ram needs data.mode=shards"),
+        (("data.shuffle_shards=2",), "data.shuffle_shards needs data.mode=shards; a stream has data.stream.shuffle"),
+    ],
+)
+def test_data_keys_that_do_not_go_together(minimal: Path, overrides: tuple[str, ...], message: str) -> None:
+    if "span" not in message and "pretrain_epochs=0" not in message:
+        overrides += ("data.mode=stream", "data.stream.urls=a.tar", "data.stream.samples=9")
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, overrides)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(("override", "message"), IMPOSSIBLE)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from oat_dist.batch import Batch
 from oat_dist.checkpoint import find_checkpoint
-from oat_dist.data.loader import BatchBuilder, evaluation_batches
+from oat_dist.data.builder import BatchBuilder
+from oat_dist.data.loader import evaluation_batches
+from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.data.plan import EpochOrder
 from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
@@ -208,7 +210,7 @@ def label_of(batch: Batch) -> Tensor:
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_collect_orders_by_id(tiny_run: TinyRun, batch_size: int) -> None:
     shards = tiny_run.test_split
-    builder = BatchBuilder(shards, 8)
+    builder = BatchBuilder(shards, ImagePipeline(8))
     batches = list(evaluation_batches(builder, 0, 1, batch_size, workers=1))
     outputs = collect(label_of, reversed(batches), shards.num_samples, World())
     assert outputs is not None
@@ -221,7 +223,7 @@ def test_collect_orders_by_id(tiny_run: TinyRun, batch_size: int) -> None:
 
 def test_collect_insists_on_every_sample_once(tiny_run: TinyRun) -> None:
     shards = tiny_run.test_split
-    builder = BatchBuilder(shards, 8)
+    builder = BatchBuilder(shards, ImagePipeline(8))
     batches = list(evaluation_batches(builder, 0, 1, 50, workers=1))
     count = shards.num_samples
     assert collect(label_of, batches, count, World()) is not None
@@ -239,7 +241,7 @@ def test_collect_insists_on_every_sample_once(tiny_run: TinyRun) -> None:
 def test_collect_of_parts_of_several_ranks(tiny_run: TinyRun) -> None:
     """The parts of 3 ranks, with their stand-ins, cover the split; played into one process one after another."""
     shards = tiny_run.test_split
-    builder = BatchBuilder(shards, 8)
+    builder = BatchBuilder(shards, ImagePipeline(8))
 
     def parts(world: int) -> Iterator[Batch]:
         for rank in range(world):
@@ -258,7 +260,7 @@ def evaluate_run(run: TinyRun, batch_size: int) -> Evaluation:
         run.test_split,
         Normalise(card["mean"], card["std"], torch.device("cpu")),
         World(),
-        image_size=32,
+        pipeline=ImagePipeline(32),
         center=card["center"],
         floor=card["floor"],
         stored_anchor_C=stored_C,
@@ -289,7 +291,7 @@ def test_a_network_comes_back_in_the_mode_it_was_in(tiny_run: TinyRun) -> None:
             tiny_run.test_split,
             Normalise(card["mean"], card["std"], torch.device("cpu")),
             World(),
-            image_size=32,
+            pipeline=ImagePipeline(32),
             center=None,
             floor=0.0,
             stored_anchor_C=None,

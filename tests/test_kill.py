@@ -88,6 +88,7 @@ def test_a_run_killed_ten_times_always_resumes(
         "eval.every_epochs=0",
     ]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
+    shared_memory = set(Path("/dev/shm").iterdir())
     trainings.start(*common, f"output_dir={calm}")
     assert trainings.ended() == 0
 
@@ -96,7 +97,9 @@ def test_a_run_killed_ten_times_always_resumes(
     in_save = 0
     steps = [0]
     for attempt in range(10):
-        pid = trainings.start(*common, f"output_dir={killed}")
+        # the cache on disk is killed in the midst of its use, too
+        cache = ("data.decoded_cache=disk", f"data.cache_dir={tmp_path / 'cache'}")
+        pid = trainings.start(*common, *cache, f"output_dir={killed}")
         # until it saves again, so that every attempt gets somewhere; then a little longer
         target = steps[-1] + chance.randint(1, 4)
         _wait_for(lambda until=target: _saved(checkpoints, until))
@@ -112,6 +115,7 @@ def test_a_run_killed_ten_times_always_resumes(
     assert in_save >= 3, "hardly any kill fell into a save; the test is too weak"
     assert steps == sorted(steps) and steps[-1] < STEPS
 
+    assert set(Path("/dev/shm").iterdir()) == shared_memory, "a killed run has left named shared memory behind"
     trainings.start(*common, f"output_dir={killed}")
     assert trainings.ended() == 0
     assert find_checkpoint(killed).step == STEPS

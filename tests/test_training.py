@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from shard_server import ShardServer
 from training_checks import STEPS_PER_EPOCH, weights
 
 from oat_dist.data.index import ShardSet
@@ -29,7 +30,14 @@ def campaigns(
     found = {}
     for world in WORLDS:
         root = tmp_path_factory.mktemp(f"world-{world}")
-        found[world] = (root, run_ranks(world, "training_checks:campaign", str(root), packed(digits)))
+        with ShardServer(Path(packed(digits))) as server:
+            found[world] = (root, run_ranks(world, "training_checks:campaign", str(root), packed(digits), server.url))
+            # 3 shards of each split, once each, whatever the number of ranks and runs
+            assert {name: count for name, count in server.requests.items() if name.endswith(".tar")} == {
+                f"{split}-{number:06d}.tar": 1
+                for split in ("train", "test")
+                for number in range(len(digits[split].manifest.shards))
+            }
     return found
 
 
@@ -91,6 +99,17 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(runs: Path, undisturbed
     assert _last_fingerprint(runs / undisturbed) == _last_fingerprint(runs / resumed)
 
 
+def test_remote_shards_train_the_network_of_local_ones(runs: Path) -> None:
+    assert final_files(runs / "ten-remote") == final_files(runs / "ten-global")
+    assert final_files(runs / "ten-windows") != final_files(runs / "ten-global")  # another order
+
+
+def test_a_stream_trains_to_the_end(campaigns: dict[int, tuple[Path, list[dict[str, Any]]]]) -> None:
+    for world, (root, found) in campaigns.items():
+        assert [of_rank["streamed"] for of_rank in found] == [10] * world  # 470 samples in batches of 48
+        assert [line["protocol"] for line in records(root / "streamed") if "protocol" in line]
+
+
 def test_another_seed_is_not_bitwise_equal(runs: Path) -> None:
     """The control: files of different runs do differ."""
     assert final_files(runs / "ten-global")["model.safetensors"] != final_files(runs / "ten-group")["model.safetensors"]
@@ -106,7 +125,7 @@ def test_the_order_is_the_same_on_any_number_of_ranks(campaigns: dict[int, tuple
     assert by_world[1] == by_world[2] == by_world[3]
 
 
-@pytest.mark.parametrize("name", ["ten-global", "ten-group", "ten-accumulated", "one-left"])
+@pytest.mark.parametrize("name", ["ten-global", "ten-group", "ten-mixed", "ten-windows", "ten-accumulated", "one-left"])
 def test_n_ranks_train_the_network_of_one(campaigns: dict[int, tuple[Path, Any]], name: str) -> None:
     """fp32, no BatchNorm, no dropout: METHOD's bound after ten steps, through loader, trainer and DDP."""
     start = initial_weights()

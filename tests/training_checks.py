@@ -50,15 +50,18 @@ def fit_in_two(engine: Engine, root: Path, data: str, name: str, stop: int, *ove
     fit(engine, root, data, name, *overrides)
 
 
-def campaign(root_text: str, data: str) -> dict[str, Any]:
-    """Every run that the tests of one world size look at, in folders of `root_text`."""
+def campaign(root_text: str, data: str, url: str) -> dict[str, Any]:
+    """Every run that the tests of one world size look at, in folders of `root_text`. `url` serves what is in `data`."""
     root = Path(root_text)
     engine = start_engine(threads=1)
     found: dict[str, Any] = {}
     fit(engine, root, data, "whole")
     for stop in (STEPS_PER_EPOCH, STEPS_PER_EPOCH + 11):  # at the switch to OAT, and inside an epoch
         fit_in_two(engine, root, data, f"resumed-{stop}", stop)
-    adamw = ("optim.name=adamw", "optim.lr=0.001", "optim.clip_norm=1.0", "data.augment=flip", "epochs=2")
+    adamw = (
+        *("optim.name=adamw", "optim.lr=0.001", "optim.clip_norm=1.0", "epochs=2"),
+        *("data.augment=flip pad_crop trivialaugment", "data.mix=cutmix", "data.decoded_cache=ram"),
+    )
     fit(engine, root, data, "adamw", *adamw)
     fit_in_two(engine, root, data, "adamw-resumed", 17, *adamw)
     # BatchNorm, dropout and a rank with an odd share
@@ -83,7 +86,13 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
             "anchor.group_size=4",
             "pretrain_epochs=0",
             "max_steps=10",
+            "data.decoded_cache=disk",  # one file, which all ranks fill
+            f"data.cache_dir={root / 'cache'}",
         )
+    crops = ("data.crop=random_resized_crop", "data.augment=flip randaugment")
+    fit(
+        engine, root, data, "ten-mixed", "batch_size=47", "micro_batch_size=8", "max_steps=10", "data.mix=mixup", *crops
+    )
     fit(
         engine,
         root,
@@ -95,6 +104,20 @@ def campaign(root_text: str, data: str) -> dict[str, Any]:
         "max_steps=10",
         "micro_batch_size=4",
     )
+    cache = f"data.cache_dir={root / 'cache'}"
+    remote = (f"data.path={url}", "anchor.scope=global", *TEN, "max_steps=10", cache)
+    fit(engine, root, data, "ten-remote", *remote)
+    fit(engine, root, data, "ten-windows", *remote, "data.shuffle_shards=2")
+    found["streamed"] = fit(
+        engine,
+        root,
+        data,
+        "streamed",
+        "data.mode=stream",
+        f"data.stream.urls={data}/train/train-{{000000..000002}}.tar",
+        "data.stream.samples=470",
+        "epochs=1",
+    ).step
     # the last batch of an epoch has one sample: all ranks but one are idle in it
     fit(engine, root, data, "one-left", "batch_size=1437", "epochs=2", "pretrain_epochs=0")
     found["switch"] = switch(engine, root, data)

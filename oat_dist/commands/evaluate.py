@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oat_dist.checkpoint import Checkpoint, find_checkpoint
-from oat_dist.data.index import open_split
 from oat_dist.data.transforms import Normalise
+from oat_dist.data_parts import open_location
 from oat_dist.distributed import World
 from oat_dist.engine import start_engine
 from oat_dist.engine.launcher import is_true
 from oat_dist.errors import DataError, LaunchError, OatError, run_command
 from oat_dist.evaluate import PROTOCOLS, Evaluation
-from oat_dist.predict import load_network
+from oat_dist.predict import load_network, pipeline_of
 from oat_dist.run_folder import read_config
 from oat_dist.validation import evaluate_network
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or one of its checkpoints/step-<n> folders")
     parser.add_argument("--checkpoint", metavar="NAME", help="latest (default), best, or step-<n>")
     parser.add_argument("--protocol", action="append", choices=[*PROTOCOLS, "argmax"], help="only this one; repeatable")
-    parser.add_argument("--data", type=Path, help="packed data set; default: the one the run trained on")
+    parser.add_argument("--data", help="packed data set, a folder or URL; default: the one the run trained on")
     parser.add_argument("--split", help="split to evaluate on; default: the run's data.eval_split")
     parser.add_argument("--batch-size", type=int, default=256, help="forward batch of each process (default 256)")
     parser.add_argument("--seed", type=int, help="protocol batch: seed of the groups (default: the run's eval.seed)")
@@ -92,10 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation | None, dict[str, object]]:
     checkpoint = world.together(chosen_checkpoint, arguments.run, arguments.checkpoint)
     run_folder = checkpoint.folder.parent.parent
-    grouping = {"seed": 0, "group_size": 32}
+    grouping, cache_dir = {"seed": 0, "group_size": 32}, None
     try:
         config = world.together(read_config, run_folder)
-        arguments.data = arguments.data or Path(config["data"]["path"])
+        arguments.data = arguments.data or config["data"]["path"]
+        cache_dir = config["data"].get("cache_dir")
         arguments.split = arguments.split or config["data"]["eval_split"]
         grouping |= {key: config["eval"][key] for key in grouping if key in config.get("eval", {})}
     except OatError as error:  # a checkpoint on its own will do where the command line says what it lacks
@@ -109,16 +110,16 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation |
         raise OatError(f"{run_folder}: the run has no data.eval_split; name one with --split")
     network, card, stored_anchor_C = load_network(checkpoint)
     _check_protocols(arguments.protocol, PROTOCOLS if card["objective"] == "oat" else ("argmax",))
-    shards = world.together(open_split, arguments.data / arguments.split)
+    shards = world.together(open_location, arguments.data, arguments.split, cache_dir)
     if shards.classes != card["classes"]:
-        raise DataError(f"{shards.folder}: its classes are not the {len(card['classes'])} classes of the checkpoint")
+        raise DataError(f"{shards.where}: its classes are not the {len(card['classes'])} classes of the checkpoint")
     network.to(world.device)
     evaluation = evaluate_network(
         network,
         shards,
         Normalise(card["mean"], card["std"], world.device),
         world,
-        image_size=card["image_size"],
+        pipeline=pipeline_of(card),
         center=card["center"] if card["objective"] == "oat" else None,
         floor=card["floor"],
         stored_anchor_C=stored_anchor_C,

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from oat_dist.config import Config, check_floor, load_config, to_yaml
-from oat_dist.data.index import open_split
+from oat_dist.config import Config, load_config, to_yaml
+from oat_dist.config_checks import check_floor
+from oat_dist.data_parts import open_splits
 from oat_dist.engine.launcher import ENGINES, is_true
 from oat_dist.engine.zero_config import read_settings, stage_of
 from oat_dist.errors import ConfigError, LaunchError, OatError, run_command
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OatError("--steps must be at least 1, --timeout-minutes above 0")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise OatError(f"{arguments.json}: no such folder to write to")
-    train_set = open_split(Path(config.data.path) / config.data.train_split)
+    train_set, _ = open_splits(config.data)
     check_floor(config, len(train_set.classes))
     job, remarks = plan_job(config, train_set.num_samples, processes, arguments.steps)
     deadline = started + 60 * arguments.timeout_minutes

@@ -8,21 +8,26 @@ A packed split is a folder of standard tars with two files beside them:
   ``shard``, ``offset``, ``length``, ``label``, ``width``, ``height``, and the source path as UTF-8 bytes
   (``name_bytes``, cut at ``name_ends``).
 
-Reading a sample needs the index only; the tars stay readable by any WebDataset reader.
+Reading a sample needs the index only; the tars stay readable by any WebDataset reader. An index of more than
+`READ_LIMIT` bytes is mapped, not read: opening 100 million samples takes no memory. What is checked of a small one when
+it is opened (its SHA-256, every row) is checked of a large one where a row is used, and by `verify`.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from oat_dist.data.manifest import Manifest, ShardInfo
+from oat_dist.data.mapped import Buffer, MalformedError, columns_of, map_file
+from oat_dist.data.remote import NotThereError, fetch_bytes, is_url, join_location, local_path, shown
+from oat_dist.data.shard_cache import RemoteFile, ShardCache
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes
 
@@ -30,71 +35,25 @@ __all__ = ["INDEX_NAME", "MANIFEST_NAME", "Index", "Manifest", "ShardInfo", "Sha
 
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
-FORMAT = "oat-dist-shards"
-VERSION = 1
+READ_LIMIT = 64 << 20  # about a million samples
 
-_COLUMNS = {
-    "shard": np.uint32,
-    "offset": np.uint64,
-    "length": np.uint32,
-    "label": np.int32,
-    "width": np.uint32,
-    "height": np.uint32,
+_ROW_TYPES: dict[str, np.dtype[Any]] = {
+    "shard": np.dtype("<u4"),
+    "offset": np.dtype("<u8"),
+    "length": np.dtype("<u4"),
+    "label": np.dtype("<i4"),
+    "width": np.dtype("<u4"),
+    "height": np.dtype("<u4"),
 }
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One tar of a split: file name, number of samples, size in bytes, SHA-256 in hex."""
-
-    name: str
-    samples: int
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a split holds. `class_counts[k]` counts the samples whose label is k, `classes[k]` is its name.
-
-    `num_bytes` sums the images without the tars around them. `image_sizes` has "min", "median" and "max" as
-    [width, height], either side by itself. `skipped` lists name and reason of images left out as unreadable.
-    """
-
-    split: str
-    source: str
-    seed: int
-    classes: list[str]
-    class_counts: list[int]
-    num_samples: int
-    num_bytes: int
-    image_sizes: dict[str, list[int]]
-    shards: list[ShardInfo]
-    index: dict[str, Any]
-    skipped: list[dict[str, str]] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, path: Path) -> Manifest:
-        try:
-            values = json.loads(text)
-            if values.pop("format") != FORMAT or values.pop("version") != VERSION:
-                raise DataError(f"{path}: no {FORMAT} manifest of version {VERSION}; pack the data set again")
-            values["shards"] = [ShardInfo(**shard) for shard in values["shards"]]
-            for name in (values["index"]["file"], *(shard.name for shard in values["shards"])):
-                if Path(name).name != name:
-                    raise DataError(f"{path}: {name!r} is not a plain file name; pack the data set again")
-            return cls(**values)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path}: damaged manifest ({error}); pack the data set again") from error
+_TYPES: dict[str, np.dtype[Any]] = {**_ROW_TYPES, "name_bytes": np.dtype("u1"), "name_ends": np.dtype("<u8")}
 
 
 @dataclass(frozen=True)
 class Index:
-    """Columns of the index, one row per sample id; `names[i]` is the source path of sample i."""
+    """Columns of the index, one row per sample id, not writable; `name(i)` is the source path of sample i.
+
+    Of a large index they are mapped: slices and single rows are cheap, whole columns should not be copied.
+    """
 
     shard: np.ndarray
     offset: np.ndarray
@@ -110,7 +69,7 @@ class Index:
         """Build from one sequence per column (keys of the class, without the names) and the names."""
         encoded = [name.encode() for name in names]
         return cls(
-            **{key: np.asarray(rows[key], dtype=dtype) for key, dtype in _COLUMNS.items()},
+            **{key: np.asarray(rows[key], dtype=dtype) for key, dtype in _ROW_TYPES.items()},
             name_bytes=np.frombuffer(b"".join(encoded), dtype=np.uint8),
             name_ends=np.cumsum([len(name) for name in encoded], dtype=np.uint64),
         )
@@ -120,35 +79,59 @@ class Index:
 
     def name(self, sample_id: int) -> str:
         start = int(self.name_ends[sample_id - 1]) if sample_id > 0 else 0
-        return self.name_bytes[start : int(self.name_ends[sample_id])].tobytes().decode()
+        return self.name_bytes[start : int(self.name_ends[sample_id])].tobytes().decode(errors="backslashreplace")
 
     def to_bytes(self) -> bytes:
         return save({key: np.ascontiguousarray(value) for key, value in vars(self).items()})
 
     @classmethod
-    def from_bytes(cls, data: bytes, path: Path) -> Index:
+    def from_file(cls, path: Path) -> Index:
+        """Read or map an index file.
+
+        Raises:
+            DataError: a damaged one.
+            OSError: it cannot be opened.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            index = cls(**load(data))
-        except (SafetensorError, TypeError, ValueError) as error:
+            return cls.from_bytes(_contents(descriptor), path)
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def from_bytes(cls, data: Buffer, path: Path | str) -> Index:
+        """An index on these bytes; `path` is what errors call it. Its columns must fit each other.
+
+        Raises:
+            DataError: a damaged one.
+        """
+        try:
+            index = cls(**columns_of(data, _TYPES))
+            if {len(getattr(index, name)) for name in (*_ROW_TYPES, "name_ends")} != {len(index)}:
+                raise MalformedError("columns of unequal length")
+            ends = index.name_ends
+            if int(ends[-1] if len(ends) else 0) != index.name_bytes.size or (
+                len(data) <= READ_LIMIT and np.any(ends[1:] < ends[:-1])
+            ):
+                raise MalformedError("names do not fit their column")
+        except MalformedError as error:
             raise DataError(f"{path}: damaged index ({error}); pack the data set again") from error
-        columns = {**_COLUMNS, "name_ends": np.uint64}
-        shapes = {getattr(index, name).shape for name in columns}
-        if shapes != {(len(index),)} or any(getattr(index, key).dtype != kind for key, kind in columns.items()):
-            raise DataError(f"{path}: damaged index (columns of unequal length or wrong type); pack again")
-        ends = index.name_ends
-        if np.any(ends[1:] < ends[:-1]) or (len(ends) and int(ends[-1]) != index.name_bytes.size):
-            raise DataError(f"{path}: damaged index (names do not fit their column); pack the data set again")
         return index
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened split. `digest` is the SHA-256 of its manifest and so names the data exactly."""
+    """An opened split. `digest` is the SHA-256 of its manifest and so names the data exactly.
+
+    `folder` holds manifest and index of a local split; of a remote one it is the cache. `location` is what was opened.
+    """
 
     folder: Path
     manifest: Manifest
     index: Index
     digest: str
+    location: str
+    cache: ShardCache
 
     @property
     def classes(self) -> list[str]:
@@ -161,37 +144,130 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.num_samples
 
+    @property
+    def where(self) -> str:
+        """The location, for messages: a URL without its secrets."""
+        return shown(self.location) if is_url(self.location) else self.location
+
+    def place(self, number: int) -> Path | RemoteFile:
+        """Where a shard lies: a path, or a URL with what to expect there."""
+        return _place(self.location, self.manifest.shards[number])
+
+    def remote_shards(self) -> list[RemoteFile]:
+        """The shards that have to be fetched."""
+        places = (self.place(number) for number in range(len(self.manifest.shards)))
+        return [place for place in places if isinstance(place, RemoteFile)]
+
+    def row(self, sample_id: int) -> tuple[int, int, int]:
+        """(shard number, offset, length) of a sample, checked.
+
+        Raises:
+            DataError: the index names a shard that there is not, or a place beyond its end.
+        """
+        index = self.index
+        shard, offset, length = int(index.shard[sample_id]), int(index.offset[sample_id]), int(index.length[sample_id])
+        if shard >= len(self.manifest.shards):
+            raise DataError(f"{self.where}: {INDEX_NAME} names a shard that the manifest lacks; pack again")
+        if offset + length > self.manifest.shards[shard].size:
+            raise DataError(f"{self.describe(sample_id)} lies beyond the end of its shard; pack again")
+        return shard, offset, length
+
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, for error messages: source path, shard and key."""
-        shard = self.manifest.shards[int(self.index.shard[sample_id])].name
-        return f"{self.index.name(sample_id)!r} (sample {sample_id}, in {self.folder / shard})"
+        number = int(self.index.shard[sample_id])
+        place = self.place(number) if number < len(self.manifest.shards) else f"shard {number}, which there is not"
+        where = shown(place.url) if isinstance(place, RemoteFile) else place
+        return f"{self.index.name(sample_id)!r} (sample {sample_id}, in {where})"
 
 
-def open_split(folder: Path | str) -> ShardSet:
+def open_split(
+    location: Path | str, *, cache_dir: Path | str | None = None, cache_limit: int | None = None
+) -> ShardSet:
     """Open a packed split; check that index, manifest and shard sizes belong together (no shard checksums).
 
+    Args:
+        location: its folder, or the URL of one. Of a URL manifest and index are fetched now, shards when needed.
+        cache_dir: where what is fetched is kept; None: $OAT_DIST_CACHE, else ~/.cache/oat_dist.
+        cache_limit: most bytes kept there; None: as many as the disk holds.
+
     Raises:
-        DataError: a missing or damaged manifest or index, a shard that is missing or of another size, an
-            index that does not match, a label out of range.
+        DataError: a missing or damaged manifest or index, a local shard that is missing or of another size, an
+            index that does not match, a label out of range; a URL that cannot be fetched.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST_NAME
-    try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(_missing_split(folder)) from None
+    cache = ShardCache(cache_dir, cache_limit)
+    folder = cache.folder if is_url(location) else Path(local_path(location))
+    source = str(location) if is_url(location) else str(folder)
+    path = _beside(source, MANIFEST_NAME)
+    text = _read_manifest(source, folder)
     manifest = Manifest.from_json(text.decode(errors="replace"), path)
-    index_path = folder / manifest.index["file"]
-    try:
-        data = index_path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{index_path}: the index is missing; pack the data set again") from None
-    if sha256_bytes(data) != manifest.index["sha256"]:
-        raise DataError(f"{index_path}: the index does not match {path}; restore both from one packing, or pack again")
-    index = Index.from_bytes(data, index_path)
-    shards = ShardSet(folder, manifest, index, sha256_bytes(text))
+    index = _open_index(source, manifest, cache)
+    shards = ShardSet(folder, manifest, index, sha256_bytes(text), source, cache)
     _check(shards)
     return shards
+
+
+def _beside(location: str, name: str) -> str:
+    """A file of the split, as messages call it."""
+    return shown(join_location(location, name)) if is_url(location) else str(Path(location) / name)
+
+
+def _read_manifest(location: str, folder: Path) -> bytes:
+    if is_url(location):
+        try:
+            return fetch_bytes(join_location(location, MANIFEST_NAME))
+        except NotThereError:
+            raise DataError(
+                f"{shown(location)}: no packed split there, {MANIFEST_NAME} is missing; check the URL"
+            ) from None
+    try:
+        return (folder / MANIFEST_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_missing_split(folder)) from None
+
+
+def _open_index(location: str, manifest: Manifest, cache: ShardCache) -> Index:
+    name, size, sha256 = (manifest.index[key] for key in ("file", "size", "sha256"))
+    path = _beside(location, name)
+    if is_url(location):
+        descriptor = cache.open(RemoteFile(join_location(location, name), size, sha256))
+    else:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DataError(f"{path}: the index is missing; pack the data set again") from None
+    try:
+        data = _contents(descriptor)
+    finally:
+        os.close(descriptor)
+    if len(data) != size or (isinstance(data, bytes) and sha256_bytes(data) != sha256):
+        raise DataError(
+            f"{path}: the index does not match {_beside(location, MANIFEST_NAME)}; "
+            "restore both from one packing, or pack again"
+        )
+    return Index.from_bytes(data, path)
+
+
+def _contents(descriptor: int) -> Buffer:
+    """All of an open file: read if it is small, else mapped."""
+    size = os.fstat(descriptor).st_size
+    if size > READ_LIMIT:
+        return map_file(descriptor, size)
+    with open(descriptor, "rb", closefd=False) as file:
+        return file.read()
+
+
+def _place(location: str, shard: ShardInfo) -> Path | RemoteFile:
+    target = shard.name if shard.url is None else shard.url
+    if not is_url(target) and not is_url(location):
+        return Path(location) / local_path(target)
+    if not is_url(target):
+        if Path(local_path(target)).is_absolute():
+            raise DataError(
+                f"{_beside(location, MANIFEST_NAME)}: shard {shard.name} lies in a local folder ({target}), which the "
+                "manifest of a remote split may not name; index the shards again by their URLs"
+            )
+        target = join_location(location, target)
+    return RemoteFile(target, shard.size, shard.sha256)
 
 
 def _missing_split(folder: Path) -> str:
@@ -204,31 +280,42 @@ def _missing_split(folder: Path) -> str:
 
 
 def _check(shards: ShardSet) -> None:
-    manifest, index, folder = shards.manifest, shards.index, shards.folder
+    manifest, index = shards.manifest, shards.index
     if len(index) != manifest.num_samples:
         raise DataError(
-            f"{folder}: the index lists {len(index)} samples, the manifest {manifest.num_samples}; pack again"
+            f"{shards.where}: the index lists {len(index)} samples, the manifest {manifest.num_samples}; pack again"
         )
-    for shard in manifest.shards:
+    for number, shard in enumerate(manifest.shards):
+        place = shards.place(number)
+        if isinstance(place, RemoteFile):
+            shards.cache.check(place)
+            continue
         try:
-            size = (folder / shard.name).stat().st_size
+            size = place.stat().st_size
         except FileNotFoundError:
-            raise DataError(f"{folder / shard.name}: the shard is missing; restore it or pack again") from None
+            raise DataError(f"{place}: the shard is missing; restore it or pack again") from None
         if size != shard.size:
             raise DataError(
-                f"{folder / shard.name}: the shard has {size:,} bytes, the manifest says {shard.size:,}; "
+                f"{place}: the shard has {size:,} bytes, the manifest says {shard.size:,}; "
                 "it was cut short or replaced: restore it or pack again"
             )
-    if len(index):
-        if int(index.label.min()) < 0 or int(index.label.max()) >= len(manifest.classes):
-            bad = int(np.flatnonzero((index.label < 0) | (index.label >= len(manifest.classes)))[0])
-            raise DataError(
-                f"{shards.describe(bad)}: label {int(index.label[bad])} is out of range for "
-                f"{len(manifest.classes)} classes; mend the labels and pack again"
-            )
-        if int(index.shard.max()) >= len(manifest.shards):
-            raise DataError(f"{folder / INDEX_NAME}: names a shard that the manifest lacks; pack again")
-        ends = index.offset + index.length
-        sizes = np.array([shard.size for shard in manifest.shards], dtype=np.uint64)
-        if bool((ends > sizes[index.shard]).any()):
-            raise DataError(f"{folder / INDEX_NAME}: a sample lies beyond the end of its shard; pack again")
+    if manifest.index["size"] <= READ_LIMIT and len(index):
+        _check_rows(shards)
+
+
+def _check_rows(shards: ShardSet) -> None:
+    """Every label and every place."""
+    manifest, index = shards.manifest, shards.index
+    if int(index.shard.max()) >= len(manifest.shards):
+        raise DataError(f"{shards.where}: {INDEX_NAME} names a shard that the manifest lacks; pack again")
+    if int(index.label.min()) < 0 or int(index.label.max()) >= len(manifest.classes):
+        bad = int(np.flatnonzero((index.label < 0) | (index.label >= len(manifest.classes)))[0])
+        raise DataError(
+            f"{shards.describe(bad)}: label {int(index.label[bad])} is out of range for "
+            f"{len(manifest.classes)} classes; mend the labels and pack again"
+        )
+    sizes = np.array([shard.size for shard in manifest.shards], dtype=np.uint64)
+    # No sum: it could wrap around.
+    beyond = (index.length > sizes[index.shard]) | (index.offset > sizes[index.shard] - index.length)
+    if beyond.any():
+        raise DataError(f"{shards.describe(int(beyond.argmax()))} lies beyond the end of its shard; pack again")

@@ -2,16 +2,17 @@
 
 What happens to a sample:
 1. `Layout` and `EpochOrder` say that it belongs to this rank's part of a micro-batch.
-2. A thread reads its bytes at (shard, offset) and decodes them.
-3. It is squashed to the input size, mirrored if its own hash says so, and written to its slot of one uint8 buffer.
+2. A thread reads its bytes at (shard, offset), decodes and crops them into its slot of one uint8 buffer
+   (`BatchBuilder`), or finds the pixels in the cache of decoded images.
+3. The batch is augmented as a whole, each sample by its own hash of (seed, epoch, id).
 4. The micro-batches of one optimizer step come out together as a `Window`, in order, a few ahead of need.
 
-A sample that cannot be decoded stops the run, or keeps its slot masked (``valid=False``), within a budget; the other
-ranks and the order are not affected. The loader shards by itself: it is never given to Accelerate.
+The loader shards by itself: it is never given to Accelerate.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -19,92 +20,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from oat_dist.batch import Batch, Window
-from oat_dist.data.decode import ImageError, decode_rgb
-from oat_dist.data.index import ShardSet
+from oat_dist.data.builder import BatchBuilder
+from oat_dist.data.mixing import Mixing
 from oat_dist.data.plan import EpochOrder, Layout, Part, fingerprint
-from oat_dist.data.storage import ShardReader
-from oat_dist.data.transforms import flips, squash
-from oat_dist.errors import DataError
+from oat_dist.data.windows import ShardWindows
 
-__all__ = ["ON_BAD", "BatchBuilder", "TrainLoader", "evaluation_batches"]
+__all__ = ["TrainLoader", "evaluation_batches"]
 
-ON_BAD = ("stop", "skip")
-
-
-class BatchBuilder:
-    """Turns sample ids into a `Batch`. Called from several threads.
-
-    Args:
-        shards: the opened split.
-        image_size: S; images come out (S, S, 3).
-        on_bad: "stop" raises at the first undecodable image; "skip" masks up to `max_bad` different ones.
-        pin_memory: whether buffers are page-locked, for copies to a GPU that do not wait.
-    """
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        image_size: int,
-        *,
-        on_bad: str = "stop",
-        max_bad: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        self.shards = shards
-        self.image_size = image_size
-        self.on_bad = on_bad
-        self.max_bad = max_bad
-        self.pin_memory = pin_memory
-        self.bad: dict[int, str] = {}  # sample id -> why
-        self._reader = ShardReader(shards)
-
-    def build(self, ids_B: np.ndarray, mirrored_B: np.ndarray | None = None) -> Batch:
-        """Read, decode and place the samples of one micro-batch, in order."""
-        size = self.image_size
-        images_BHWC = torch.empty((len(ids_B), size, size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
-        view_BHWC = images_BHWC.numpy()
-        valid_B = np.ones(len(ids_B), dtype=bool)
-        for slot, sample_id in enumerate(ids_B.tolist()):
-            try:
-                image_HWC = squash(decode_rgb(self._reader.read(sample_id)), size)
-            except ImageError as error:
-                self._refuse_or_record(sample_id, str(error))
-                valid_B[slot] = False
-                continue
-            view_BHWC[slot] = image_HWC[:, ::-1] if mirrored_B is not None and mirrored_B[slot] else image_HWC
-        if not valid_B.all():
-            # BatchNorm sees every slot: a copy of a good neighbour does it less harm than grey.
-            view_BHWC[~valid_B] = view_BHWC[valid_B][0] if valid_B.any() else 0
-        return Batch(
-            images_BHWC,
-            torch.from_numpy(self.shards.index.label[ids_B].astype(np.int64)),
-            torch.from_numpy(ids_B.astype(np.int64)),
-            None if valid_B.all() else torch.from_numpy(valid_B),
-        )
-
-    def stand_in(self) -> Batch:
-        """One masked sample, for a rank that has none in this micro-batch but must keep in step."""
-        size = self.image_size
-        zero_1 = torch.zeros(1, dtype=torch.int64)
-        image_1HWC = torch.zeros((1, size, size, 3), dtype=torch.uint8)
-        return Batch(image_1HWC, zero_1, zero_1, torch.zeros(1, dtype=torch.bool), empty=True)
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def _refuse_or_record(self, sample_id: int, reason: str) -> None:
-        where = f"{self.shards.describe(sample_id)} cannot be decoded: {reason}"
-        if self.on_bad == "stop":
-            raise DataError(f"{where}; pack again without it (--on-bad skip), or train with data.on_bad=skip")
-        self.bad[sample_id] = reason
-        if len(self.bad) > self.max_bad:
-            raise DataError(
-                f"{where}; these are more undecodable images than data.max_bad={self.max_bad} allows; "
-                "run shards/verify.py on the data set"
-            )
+# Without windows of shards, a remote one is fetched when so many samples are still to come before its first.
+ANNOUNCED = 4096
 
 
 @dataclass
@@ -115,22 +41,29 @@ class TrainLoader:
         builder: makes the batches.
         layout: how global batches are dealt.
         rank: this rank.
-        seed: of order and augmentation.
-        augment: "none" or "flip".
+        seed: of the order.
         workers: decoding threads.
         prefetch: micro-batches decoded ahead of need.
+        shard_windows: shuffle within windows of shards instead of over the whole set; None: over the whole set.
+        mixing: mixup or cutmix; None: neither.
+        mix_steps: only the first so many steps of the run are mixed, those of the cross-entropy phase.
     """
 
     builder: BatchBuilder
     layout: Layout
     rank: int
     seed: int
-    augment: str = "none"
     workers: int = 2
     prefetch: int = 8
+    shard_windows: ShardWindows | None = None
+    mixing: Mixing | None = None
+    mix_steps: int = 0
 
     def __post_init__(self) -> None:
         self.steps_per_epoch = self.layout.steps(self.builder.shards.num_samples)
+
+    def order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(self.builder.shards.num_samples, self.seed, epoch, self.shard_windows)
 
     def window_plan(self, step: int) -> tuple[int, int, int, list[Part]]:
         """(epoch, first position, samples, this rank's parts) of global step `step`."""
@@ -141,46 +74,67 @@ class TrainLoader:
     def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
         """The windows of global steps [first_step, last_step), in order, across epochs."""
         jobs = ((step, number) for step in range(first_step, last_step) for number in self._micro_batches(step))
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[Future[tuple[Batch, int]]] = deque()
         ahead = max(self.prefetch, self.workers - 1)  # so that no thread is idle
+        announced = self._announcements(first_step, last_step)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="oat-loader")
         try:
             for step in range(first_step, last_step):
-                batches = []
+                next(announced, None)
+                built = []
                 for _ in self._micro_batches(step):
                     for job in itertools.islice(jobs, ahead + 1 - len(pending)):
                         pending.append(pool.submit(self._build, *job))
-                    batches.append(pending.popleft().result())
-                yield self._window(step, batches)
+                    built.append(pending.popleft().result())
+                yield self._window(step, built)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            _end(pool, self.builder)
+
+    def _announcements(self, first_step: int, last_step: int) -> Iterator[None]:
+        """Tell the reader which remote shards come up; once a step. Nothing to do where all are here."""
+        reader, shards = self.builder.reader, self.builder.shards
+        if not shards.remote_shards():
+            return
+        steps_ahead = max(ANNOUNCED // self.layout.batch_size, 1)
+        announced = first_step
+        for step in range(first_step, last_step):
+            if self.shard_windows is not None:
+                epoch, start, _, _ = self.window_plan(step)
+                reader.prefetch_shards(self.shard_windows.upcoming(self.seed, epoch, start))
+            while self.shard_windows is None and announced < min(step + steps_ahead, last_step):
+                for number in self._micro_batches(announced):
+                    reader.prefetch(self._ids(announced, number)[2])
+                announced += 1
+            yield
 
     def _micro_batches(self, step: int) -> range:
         return range(len(self.window_plan(step)[3]))
 
     def _ids(self, step: int, number: int) -> tuple[int, int, np.ndarray]:
+        """(epoch, position of the first one in it, ids) of one micro-batch of this rank."""
         epoch, start, _, parts = self.window_plan(step)
         part = parts[number]
-        order = EpochOrder(self.builder.shards.num_samples, self.seed, epoch)
-        return epoch, start + part.start, order.ids(start + part.start, start + part.stop)
+        return epoch, start + part.start, self.order(epoch).ids(start + part.start, start + part.stop)
 
-    def _build(self, step: int, number: int) -> Batch:
-        epoch, _, ids_B = self._ids(step, number)
+    def _build(self, step: int, number: int) -> tuple[Batch, int]:
+        """A micro-batch of this rank, and its share of the fingerprint."""
+        epoch, start, ids_B = self._ids(step, number)
         if len(ids_B) == 0:
-            return self.builder.stand_in()
-        return self.builder.build(ids_B, flips(ids_B, self.seed, epoch) if self.augment == "flip" else None)
+            return self.builder.stand_in(), 0
+        batch = self.builder.build(ids_B, epoch)
+        if self.mixing is not None and step < self.mix_steps:
+            step_in_epoch, size = step % self.steps_per_epoch, self.builder.pipeline.size
+            mix = self.mixing.of(epoch, step_in_epoch, size, batch.every_valid().numpy())
+            batch = dataclasses.replace(batch, mix=mix)
+        return batch, fingerprint(epoch, start, ids_B, self.builder.shards.digest)
 
-    def _window(self, step: int, batches: list[Batch]) -> Window:
+    def _window(self, step: int, built: list[tuple[Batch, int]]) -> Window:
         epoch, _, count, _ = self.window_plan(step)
-        total = 0
-        for number in range(len(batches)):
-            _, start, ids_B = self._ids(step, number)
-            total += fingerprint(epoch, start, ids_B, self.builder.shards.digest)
         return Window(
-            batches=tuple(batches),
+            batches=tuple(batch for batch, _ in built),
             num_samples=count,
-            num_valid=sum(batch.num_valid for batch in batches),
-            fingerprint=total % 2**64,
+            num_valid=sum(batch.num_valid for batch, _ in built),
+            fingerprint=sum(share for _, share in built) % 2**64,
             epoch=epoch,
             step_in_epoch=step % self.steps_per_epoch,
         )
@@ -197,18 +151,31 @@ def evaluation_batches(
     start, stop = rank * total // world, (rank + 1) * total // world
     steps = -(-max((r + 1) * total // world - r * total // world for r in range(world)) // batch_size)
 
-    def build(step: int) -> Batch:
+    def ids(step: int) -> np.ndarray:
         first = min(start + step * batch_size, stop)
-        ids_B = np.arange(first, min(first + batch_size, stop))
+        return np.arange(first, min(first + batch_size, stop))
+
+    def build(step: int) -> Batch:
+        ids_B = ids(step)
         return builder.build(ids_B) if len(ids_B) else builder.stand_in()
 
+    announcements = iter(range(steps if builder.shards.remote_shards() else 0))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="oat-evaluation")
     try:
         pending: deque[Future[Batch]] = deque()
         upcoming = iter(range(steps))
-        for _ in range(steps):
+        for done in range(steps):
+            for step in itertools.islice(announcements, max(ANNOUNCED // batch_size, 1) if done == 0 else 1):
+                builder.reader.prefetch(ids(step))
             for step in itertools.islice(upcoming, workers + 1 - len(pending)):
                 pending.append(pool.submit(build, step))
             yield pending.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        _end(pool, builder)
+
+
+def _end(pool: ThreadPoolExecutor, builder: BatchBuilder) -> None:
+    """Let the threads end soon, also those that wait for a remote shard."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    builder.reader.cancel_reads()
+    pool.shutdown(wait=True)

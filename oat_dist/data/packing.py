@@ -1,56 +1,48 @@
 """Writes labelled images into shards: the walk of one sample.
 
 1. Samples are sorted by name; the rank in that order is the sample's key, zero-padded (`00000042`).
-2. They are read, decoded and measured in threads, in a seeded random order; the bytes are kept as they are.
-3. In that order they go through `webdataset.TarWriter` into standard tars: `key.jpg` (.png, ...), `key.cls`.
-4. Each finished tar is read back: it must hold what was meant, and it gives the offsets of the index.
-5. Index and manifest are written, everything is synced, and the hidden folder gets its name (`staging`).
+2. Their sources are examined (size, time), and the seeded random order is cut into jobs, a shard each (`pack_plan`).
+3. Workers take whole jobs: every image is read, decoded, measured, if asked for written anew, and stored in a standard
+   tar as `key.jpg` (.png, ...) and `key.cls`; the tar is synced and read back (`pack_job`). It is finished when a file
+   beside it says what lies where (`pack_parts`): an interrupted pack goes on from the finished ones.
+4. Index and manifest are written (`pack_index`), and the hidden folders get their names (`staging`).
 
 The sample id is the rank among the samples written: equal to the key unless unreadable images were skipped.
-The same input gives the same bytes of every file: no time, no user, no path of this machine is written.
+The same input gives the same bytes of every file, with any number of workers: no time, no user, no path of this machine
+is written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import operator
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import webdataset
 
-from oat_dist.data.imagecheck import ImageInfo, check_image
-from oat_dist.data.index import INDEX_NAME, MANIFEST_NAME, Index, Manifest, ShardInfo, ShardSet, open_split
-from oat_dist.data.ordered_map import default_workers, ordered_map
+from oat_dist.data.fingerprint import UNKNOWN_SIZE
+from oat_dist.data.index import ShardSet, open_split
+from oat_dist.data.ordered_map import default_workers
+from oat_dist.data.pack_index import image_size_range, write_index
+from oat_dist.data.pack_job import JobRange, pack_job
+from oat_dist.data.pack_parts import Part, clear_all_but, finished_parts, parts_of_job
+from oat_dist.data.pack_plan import OnBad, PackOptions, SplitPlan, cut_into_jobs, examined_at_once, job_digest
 from oat_dist.data.progress import show_progress
-from oat_dist.data.samples import (
-    AnySample,
-    Sample,
-    class_names,
-    class_numbers,
-    refuse_empty_class,
-    sample_key,
-    seeded_order,
-    sorted_samples,
-)
+from oat_dist.data.recode import Recode
+from oat_dist.data.samples import AnySample, Sample, class_names, class_numbers, sorted_samples
 from oat_dist.data.staging import staged_folders
-from oat_dist.data.tarscan import scan_tar
+from oat_dist.data.tarwriter import tar_size
+from oat_dist.data.workers import Advance, Rest, Workers, start_workers
 from oat_dist.errors import DataError
-from oat_dist.files import sha256_bytes, sha256_file, write_atomic
 
-__all__ = ["image_size_range", "write_shards", "write_splits"]
-
-OnBad = Literal["stop", "skip"]
+__all__ = ["SplitPreview", "image_size_range", "preview_splits", "write_shards", "write_splits"]
 
 _SHARD_BYTES = 256 << 20
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TAR_BLOCK, _TAR_RECORD = 512, 10240
+_SAMPLES_WORTH_A_PROCESS = 64
 
 
 def write_shards(
@@ -63,12 +55,17 @@ def write_shards(
     seed: int = 0,
     shard_samples: int = 10_000,
     shard_bytes: int = _SHARD_BYTES,
+    short_side: int | None = None,
+    reencode: str | None = None,
     on_bad: OnBad = "stop",
     overwrite: bool = False,
     workers: int | None = None,
     progress: bool = False,
 ) -> ShardSet:
     """Pack `samples` into the split folder `output` (`.../train`), which appears whole or not at all.
+
+    Interrupted or out of disk space, the same call goes on after the shards that were finished. What a callable gives
+    cannot be compared with what it gave then: only its code and what is bound to it can.
 
     Only the list of samples is held in memory: give paths or callables rather than bytes for a large set.
 
@@ -81,20 +78,24 @@ def write_shards(
         seed: decides the order of the samples in the shards.
         shard_samples: samples per shard, at most.
         shard_bytes: size of a shard in bytes, at most (a single larger image gets a shard of its own).
+        short_side: shrink images whose shorter side has more pixels to this many, antialiased.
+        reencode: "jpeg", "jpeg:QUALITY", "png", "webp" or "webp:QUALITY" (95 if not said): write all images anew so.
+            Default: files are kept byte for byte, and those that `short_side` shrinks are written in their own format.
         on_bad: "stop" at an image that cannot be decoded, or "skip" it and list it in `manifest.skipped`.
         overwrite: replace a packed split already there, once the new one is complete.
-        workers: threads that read and decode; default: one per core, at most 16.
-        progress: show progress on stderr.
+        workers: processes (threads, where this process has others or has loaded torch, which forking would not
+            survive); default: one per core, at most 16.
+        progress: show progress and remarks on stderr.
 
     Raises:
-        DataError: see its text; nothing has been written then.
+        DataError: see its text; no split has been written then.
         OatError: another process is packing into the same parent folder.
     """
     folder = Path(output).resolve()
-    options = _Options(
-        source, seed, shard_samples, shard_bytes, on_bad, overwrite, workers or default_workers(), progress
-    )
-    return _pack(folder.parent, {folder.name: (split or folder.name, samples)}, classes, options)[0]
+    options = PackOptions(source, seed, shard_samples, shard_bytes, on_bad, Recode.parse(short_side, reencode))
+    splits = {folder.name: (split or folder.name, samples)}
+    how = _How(overwrite, _count(workers), progress)
+    return _pack(folder.parent, splits, classes, options, how)[0]
 
 
 def write_splits(
@@ -106,6 +107,8 @@ def write_splits(
     seed: int = 0,
     shard_samples: int = 10_000,
     shard_bytes: int = _SHARD_BYTES,
+    short_side: int | None = None,
+    reencode: str | None = None,
     on_bad: OnBad = "stop",
     overwrite: bool = False,
     workers: int | None = None,
@@ -115,227 +118,153 @@ def write_splits(
 
     Arguments and errors as for `write_shards`.
     """
-    options = _Options(
-        source, seed, shard_samples, shard_bytes, on_bad, overwrite, workers or default_workers(), progress
-    )
+    options = PackOptions(source, seed, shard_samples, shard_bytes, on_bad, Recode.parse(short_side, reencode))
     folders = {name: (name, samples) for name, samples in splits.items()}
-    packed = _pack(Path(output).resolve(), folders, classes, options)
+    how = _How(overwrite, _count(workers), progress)
+    packed = _pack(Path(output).resolve(), folders, classes, options, how)
     return dict(zip(splits, packed, strict=True))
 
 
-def image_size_range(widths: np.ndarray, heights: np.ndarray) -> dict[str, list[int]]:
-    """`{"min": [w, h], "median": [w, h], "max": [w, h]}`, width and height each by itself."""
-    sides = np.stack([widths, heights])
-    return {
-        "min": sides.min(axis=1).tolist(),
-        "median": np.sort(sides, axis=1)[:, (sides.shape[1] - 1) // 2].tolist(),
-        "max": sides.max(axis=1).tolist(),
-    }
+class SplitPreview(NamedTuple):
+    """What packing a split would give: images by class, shards and their bytes (at least, if `sizes_unknown`)."""
+
+    class_counts: dict[str, int]
+    shards: int
+    num_bytes: int
+    sizes_unknown: int
+
+
+def preview_splits(
+    splits: Mapping[str, Iterable[Sample]],
+    *,
+    classes: Sequence[str] | None = None,
+    shard_samples: int = 10_000,
+    shard_bytes: int = _SHARD_BYTES,
+) -> dict[str, SplitPreview]:
+    """What `write_splits` would write if it kept all images as they are; reads the sizes of files and nothing else.
+
+    Raises:
+        DataError: samples that `write_splits` would refuse before it reads them.
+    """
+    options = PackOptions("", 0, shard_samples, shard_bytes, "stop", None)
+    plans, names = _plan({name: (name, samples) for name, samples in splits.items()}, classes, options)
+    previews = {}
+    for plan in plans:
+        plan.examine(0, len(plan))
+        plan.settle_order()
+        jobs = cut_into_jobs(plan, options)
+        counts = np.bincount(plan.labels, minlength=len(names)).tolist()
+        previews[plan.split] = SplitPreview(
+            class_counts=dict(zip(names, counts, strict=True)),
+            shards=len(jobs),
+            num_bytes=sum(tar_size(job.content) for job in jobs),
+            sizes_unknown=int(np.count_nonzero(plan.sizes == UNKNOWN_SIZE)),
+        )
+    return previews
 
 
 @dataclass(frozen=True)
-class _Options:
-    source: str
-    seed: int
-    shard_samples: int
-    shard_bytes: int
-    on_bad: OnBad
+class _How:
+    """What does not touch the result."""
+
     overwrite: bool
     workers: int
     progress: bool
 
-    def __post_init__(self) -> None:
-        for name in ("shard_samples", "shard_bytes", "workers"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.on_bad not in ("stop", "skip"):
-            raise DataError(f'on_bad is {self.on_bad!r}; it must be "stop" or "skip"')
+    def say(self, text: str) -> None:
+        if self.progress:
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _count(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise DataError(f"workers is {workers}; it must be at least 1")
+    return workers or default_workers()
 
 
 def _pack(
     parent: Path,
     splits: Mapping[str, tuple[str, Iterable[AnySample]]],
     classes: Sequence[str] | None,
-    options: _Options,
+    options: PackOptions,
+    how: _How,
 ) -> list[ShardSet]:
     """Pack each `folder name -> (split name, samples)` into `parent`."""
-    for split, _ in splits.values():
-        if not _SPLIT_NAME.fullmatch(split):
-            raise DataError(f"split name {split!r}: use letters, digits, '.', '_' and '-' only (it names the shards)")
-    samples = [sorted_samples(split, given) for split, given in splits.values()]
-    names = class_names(classes, samples)
-    labels = [class_numbers(split, part, names) for (split, _), part in zip(splits.values(), samples, strict=True)]
-    with staged_folders(parent, list(splits), overwrite=options.overwrite) as folders:
-        for folder, (split, _), part, part_labels in zip(folders, splits.values(), samples, labels, strict=True):
-            _write_split(folder, split, part, part_labels, names, options)
+    plans, names = _plan(splits, classes, options)
+    with staged_folders(parent, list(splits), overwrite=how.overwrite, say=how.say) as folders:
+        _write_parts(plans, folders, options, how)
+        for plan, folder in zip(plans, folders, strict=True):
+            write_index(plan, folder, names, options)
     return [open_split(parent / name) for name in splits]
 
 
-class _Checked(NamedTuple):
-    """A sample that has been read: bytes and kind, or the reason why it cannot be used."""
-
-    rank: int
-    data: bytes
-    info: ImageInfo | None
-    reason: str
-
-
-def _check_sample(sample: Sample, rank: int) -> _Checked:
-    try:
-        if isinstance(sample.data, (str, os.PathLike)):
-            data = Path(sample.data).read_bytes()
-        else:
-            data = sample.data() if callable(sample.data) else sample.data
-        if not isinstance(data, bytes):
-            raise DataError(
-                f"the data is of type {type(data).__name__}; give bytes, a path, or a callable giving bytes"
-            )
-        return _Checked(rank, data, check_image(data), "")
-    except OSError as error:
-        return _Checked(rank, b"", None, error.strerror or type(error).__name__)
-    except DataError as error:
-        return _Checked(rank, b"", None, str(error))
+def _plan(
+    splits: Mapping[str, tuple[str, Iterable[AnySample]]], classes: Sequence[str] | None, options: PackOptions
+) -> tuple[list[SplitPlan], list[str]]:
+    """The plans, and the names of the classes."""
+    for split, _ in splits.values():
+        if not _SPLIT_NAME.fullmatch(split):
+            raise DataError(f"split name {split!r}: use letters, digits, '.', '_' and '-' only (it names the shards)")
+    samples = {split: sorted_samples(split, given) for split, given in splits.values()}
+    names = class_names(classes, list(samples.values()))
+    return [
+        SplitPlan(split, part, class_numbers(split, part, names), options.seed) for split, part in samples.items()
+    ], names
 
 
-def _write_split(
-    folder: Path, split: str, samples: list[Sample], labels: np.ndarray, classes: list[str], options: _Options
-) -> None:
-    total = len(samples)
-    order = seeded_order([sample_key(rank, total) for rank in range(total)], options.seed)
-    columns = {name: np.zeros(total, dtype=np.int64) for name in ("shard", "offset", "length", "width", "height")}
-    kept = np.zeros(total, dtype=bool)
-    skipped: list[dict[str, str]] = []
-    with (
-        _thread_pool(options.workers) as pool,
-        _ShardWriter(folder, split, options, pool) as writer,
-        show_progress(f"packing {split}", total, enabled=options.progress) as advance,
-    ):
-        checked = ordered_map(
-            pool,
-            lambda rank: _check_sample(samples[rank], rank),
-            order,
-            workers=options.workers,
-            size=lambda result: len(result.data),
-        )
-        for rank, data, info, reason in checked:
-            advance(1)
-            if info is None:
-                if options.on_bad == "stop":
-                    raise DataError(_unreadable(samples[rank], split, reason))
-                skipped.append({"name": samples[rank].name, "reason": reason})
-                continue
-            shard = writer.add(sample_key(rank, total), info.extension, data, int(labels[rank]))
-            kept[rank] = True
-            columns["shard"][rank], columns["length"][rank] = shard, len(data)
-            columns["width"][rank], columns["height"][rank] = info.width, info.height
-        shards, offsets = writer.finish()
-    columns["offset"][list(offsets)] = list(offsets.values())
-    counts = np.bincount(labels[kept], minlength=len(classes))
-    refuse_empty_class(split, counts, classes, "has no readable image")
+def _write_parts(plans: list[SplitPlan], folders: list[Path], options: PackOptions, how: _How) -> None:
+    """Finish every part of every split, but those that an earlier attempt has finished."""
 
-    rows: dict[str, Sequence[int] | np.ndarray] = {name: column[kept] for name, column in columns.items()}
-    index = Index.from_rows({**rows, "label": labels[kept]}, [samples[i].name for i in np.flatnonzero(kept)]).to_bytes()
-    manifest = Manifest(
-        split=split,
-        source=options.source,
-        seed=options.seed,
-        classes=classes,
-        class_counts=counts.tolist(),
-        num_samples=int(kept.sum()),
-        num_bytes=int(columns["length"].sum()),
-        image_sizes=image_size_range(columns["width"][kept], columns["height"][kept]),
-        shards=shards,
-        index={"file": INDEX_NAME, "size": len(index), "sha256": sha256_bytes(index)},
-        skipped=sorted(skipped, key=operator.itemgetter("name")),
-    )
-    write_atomic(folder / INDEX_NAME, index)
-    write_atomic(folder / MANIFEST_NAME, manifest.to_json())
+    def examine_range(work: list[Any], advance: Advance) -> None:
+        split, start, stop = work
+        plans[split].examine(start, stop)
+        advance(stop - start)
+
+    def pack_range(work: list[Any], advance: Advance) -> Rest:
+        split, threads, *job = work
+        return pack_job(plans[split], folders[split], options, JobRange(*job), threads, advance)
+
+    total = sum(map(len, plans))
+    count = max(1, min(how.workers, total // _SAMPLES_WORTH_A_PROCESS))
+    with start_workers(count, {"examine": examine_range, "pack": pack_range}) as workers:
+        _examine_all(plans, workers, total, how)
+        jobs = [
+            (split, job)
+            for split, (plan, folder) in enumerate(zip(plans, folders, strict=True))
+            for job in _jobs_left(plan, folder, options, how)
+        ]
+        threads = -(-how.workers // max(1, len(jobs)))
+        left = sum(job.stop - job.start for _, job in jobs)
+        title = f"packing {', '.join(plan.split for plan in plans)}"
+        with show_progress(title, total, enabled=how.progress, done=total - left) as advance:
+            workers.run("pack", [[split, threads, *job] for split, job in jobs], advance)
 
 
-def _unreadable(sample: Sample, split: str, reason: str) -> str:
-    where = sample.data if isinstance(sample.data, os.PathLike) else f"split {split!r}, sample {sample.name!r}"
-    return (
-        f"{where}: unreadable image ({reason}); mend or remove it, or leave such images out and list them "
-        'with --on-bad skip (on_bad="skip")'
-    )
+def _examine_all(plans: list[SplitPlan], workers: Workers, total: int, how: _How) -> None:
+    ranges = [[split, *part] for split, plan in enumerate(plans) for part in examined_at_once(len(plan))]
+    with show_progress("looking at files", total, enabled=how.progress, vanish=True) as advance:
+        workers.run("examine", ranges, advance)
+    for plan in plans:
+        plan.settle_order()
 
 
-@contextlib.contextmanager
-def _thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, on an error, drops what it has not begun instead of finishing it first."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _ShardWriter:
-    """Fills one tar after another; each finished one is read back and hashed in the pool."""
-
-    def __init__(self, folder: Path, split: str, options: _Options, pool: ThreadPoolExecutor) -> None:
-        self._folder, self._split, self._options, self._pool = folder, split, options, pool
-        self._sealed: list[Future[tuple[ShardInfo, dict[int, int]]]] = []
-        self._file: BinaryIO | None = None
-        self._size = 0
-        self._wanted: dict[str, int] = {}
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._file is not None:  # an error is on its way: only let go of the file
-            with contextlib.suppress(OSError):
-                self._tar.close()
-            with contextlib.suppress(OSError):
-                self._file.close()
-
-    def add(self, key: str, extension: str, data: bytes, label: int) -> int:
-        """Write one sample, in a new shard if need be; returns the shard's number."""
-        text = str(label).encode()
-        size = 2 * _TAR_BLOCK + sum(-(-len(part) // _TAR_BLOCK) * _TAR_BLOCK for part in (data, text))
-        trailer = 2 * _TAR_BLOCK
-        if self._file is not None:
-            full = -(-(self._size + size + trailer) // _TAR_RECORD) * _TAR_RECORD > self._options.shard_bytes
-            if full or len(self._wanted) // 2 == self._options.shard_samples:
-                self._close()
-        if self._file is None:
-            self._path = self._folder / f"{self._split}-{len(self._sealed):06d}.tar"
-            self._file = self._path.open("wb", buffering=1 << 20)
-            # encoder=False: all we write is bytes already
-            self._tar = webdataset.TarWriter(self._file, mtime=0, encoder=False)
-            self._size, self._wanted = 0, {}
-        self._tar.write({"__key__": key, extension: data, "cls": text})
-        self._size += size
-        self._wanted[f"{key}.{extension}"], self._wanted[f"{key}.cls"] = len(data), len(text)
-        return len(self._sealed)
-
-    def finish(self) -> tuple[list[ShardInfo], dict[int, int]]:
-        """All shards, and the offset of every image by rank."""
-        if self._file is not None:
-            self._close()
-        shards: list[ShardInfo] = []
-        offsets: dict[int, int] = {}
-        for future in self._sealed:
-            shard, found = future.result()
-            shards.append(shard)
-            offsets.update(found)
-        return shards, offsets
-
-    def _close(self) -> None:
-        assert self._file is not None
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self._sealed.append(self._pool.submit(_seal, self._path, self._wanted))
-
-
-def _seal(path: Path, wanted: dict[str, int]) -> tuple[ShardInfo, dict[int, int]]:
-    """Read a finished tar back: its checksum, and the offset of each image by rank."""
-    members = scan_tar(path)
-    if {member.name: member.size for member in members} != wanted or len(members) != len(wanted):
-        raise DataError(f"{path}: reads back otherwise than it was written; check the disk and pack again")
-    offsets = {int(stem): m.offset for m in members for stem, _, kind in [m.name.partition(".")] if kind != "cls"}
-    return ShardInfo(path.name, len(offsets), path.stat().st_size, sha256_file(path)), offsets
+def _jobs_left(plan: SplitPlan, folder: Path, options: PackOptions, how: _How) -> list[JobRange]:
+    """The jobs of a split without what has been finished, which is kept if it is what would be packed now."""
+    finished = finished_parts(folder)
+    kept: dict[Path, Part] = {}
+    left = []
+    for number, job in enumerate(cut_into_jobs(plan, options)):
+        digest = job_digest(plan, job, options)
+        parts = parts_of_job(folder, number, job.start, digest, allow_skipped=options.on_bad == "skip")
+        kept |= parts
+        start = max([job.start, *(part.stop for part in parts.values())])
+        if start < job.stop:
+            left.append(JobRange(number, start, job.stop, len(parts), digest))
+    clear_all_but(folder, kept)
+    if kept:
+        images = sum(part.stop - part.start for part in kept.values())
+        how.say(f"{plan.split}: going on after {len(kept):,} finished shard(s), {images:,} of {len(plan):,} images")
+    if dropped := len(finished) - len(kept):
+        what = f"{dropped:,} shard(s) of an earlier attempt"
+        how.say(f"{plan.split}: {what} do not fit the present files and options: dropped, packed anew")
+    return left

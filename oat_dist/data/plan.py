@@ -1,7 +1,8 @@
 """Which samples, in which order, on which rank: pure functions of (seed, epoch, position, world size).
 
-1. `EpochOrder` turns (number of samples, seed, epoch) into one order of all sample ids. It knows nothing of ranks,
-   threads or shards, and uses its own 64-bit hash, so it is the same with any version of any library.
+1. `EpochOrder` turns (number of samples, seed, epoch) into one order of all sample ids. It knows nothing of ranks or
+   threads, nor of shards unless told to (`ShardWindows`), and uses its own 64-bit hash, so it is the same with any
+   version of any library.
 2. Global batch k is the slice [k B, (k+1) B) of that order; the last one may be short.
 3. `Layout.deal` cuts a global batch into micro-batches (consecutive slices) and each of those into one contiguous
    part a rank, in whole units (the groups of anchor scope "group", else single samples), as evenly as it goes. With
@@ -20,45 +21,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oat_dist.data.hashing import GOLDEN, keyed_hash, keyed_hash_int, mix
+from oat_dist.data.windows import ShardWindows
 from oat_dist.errors import ConfigError
 
-__all__ = ["EpochOrder", "Layout", "Part", "fingerprint", "keyed_hash", "keyed_hash_int"]
+__all__ = ["EpochOrder", "Layout", "Part", "ShardWindows", "fingerprint", "keyed_hash", "keyed_hash_int"]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MASK = (1 << 64) - 1
 # Above this many samples the permutation is computed position by position instead of being held in memory.
 ARGSORT_LIMIT = 10_000_000
 # All threads need a new epoch's order at the same moment: one computes it, the others wait, none holds a copy.
 _PERMUTATION_LOCK = threading.Lock()
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: a bijection of 64-bit words in which every input bit flips half the output."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def keyed_hash(values: np.ndarray, *keys: int) -> np.ndarray:
-    """A 64-bit hash of each value under integer keys (any size; taken modulo 2^64). Same shape, uint64."""
-    state = np.zeros(1, dtype=np.uint64)
-    for key in keys:
-        state = _mix((state ^ np.uint64(key & _MASK)) + _GOLDEN)
-    return _mix(_mix(np.asarray(values).astype(np.uint64) + state) ^ state)
-
-
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order of all sample ids in one epoch, computed slice by slice."""
+    """The order of all sample ids in one epoch, computed slice by slice.
+
+    `windows` shuffles within windows of shards, for remote data that does not fit the cache; None: all with all.
+    """
 
     num_samples: int
     seed: int
     epoch: int
+    windows: ShardWindows | None = None
 
     def ids(self, start: int, stop: int) -> np.ndarray:
         """Sample ids (int64) at positions [start, stop) of this epoch."""
         if not 0 <= start <= stop <= self.num_samples:
             raise ValueError(f"positions [{start}, {stop}) lie outside 0..{self.num_samples}")
+        if self.windows is not None:
+            return self.windows.ids(self.seed, self.epoch, start, stop)
         if self.num_samples <= ARGSORT_LIMIT:
             with _PERMUTATION_LOCK:
                 return _permutation(self.num_samples, self.seed, self.epoch)[start:stop]
@@ -217,13 +209,8 @@ def fingerprint(epoch: int, start: int, ids: np.ndarray, digest: str) -> int:
     """
     positions = np.arange(start, start + len(ids))
     hashes = keyed_hash(
-        _mix(positions.astype(np.uint64) + _GOLDEN) ^ np.asarray(ids).astype(np.uint64),
+        mix(positions.astype(np.uint64) + GOLDEN) ^ np.asarray(ids).astype(np.uint64),
         int(digest[:16], 16),
         epoch,
     )
     return int(hashes.sum(dtype=np.uint64)) if len(ids) else 0
-
-
-def keyed_hash_int(value: int, *keys: int) -> int:
-    """`keyed_hash` of one integer, as a Python integer below 2^64."""
-    return int(keyed_hash(np.array([value & _MASK], dtype=np.uint64), *keys)[0])

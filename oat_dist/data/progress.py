@@ -7,31 +7,37 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 __all__ = ["show_progress"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def show_progress(title: str, total: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`, which counts towards `total`; it does nothing when not `enabled`."""
+def show_progress(
+    title: str, total: int, *, enabled: bool, done: int = 0, vanish: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`, which counts towards `total`; it does nothing when not `enabled`.
+
+    `done`: how many are there already; `vanish`: take the bar away at the end.
+    """
     if not enabled:
         yield lambda n: None
     elif sys.stderr.isatty():
+        # Loaded where a bar is drawn: a command that is over in a second should not wait for it.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total)
+        with Progress(*columns, console=Console(stderr=True), transient=vanish) as bar:
+            task = bar.add_task(title, total=total, completed=done)
             yield lambda n: bar.advance(task, n)
     else:
-        yield _line_printer(title, total)
+        yield _line_printer(title, total, done)
 
 
-def _line_printer(title: str, total: int) -> Callable[[int], None]:
+def _line_printer(title: str, total: int, before: int) -> Callable[[int], None]:
     started = last = time.monotonic()
-    done = 0
+    done = before
 
     def advance(n: int) -> None:
         nonlocal done, last
@@ -40,7 +46,7 @@ def _line_printer(title: str, total: int) -> Callable[[int], None]:
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
             print(
-                f"{title}: {done:,} of {total:,}, {done / (now - started):,.0f}/s",
+                f"{title}: {done:,} of {total:,}, {(done - before) / (now - started):,.0f}/s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -18,8 +18,11 @@ __all__ = [
     "Sample",
     "class_names",
     "class_numbers",
+    "order_of",
     "refuse_empty_class",
     "sample_key",
+    "sample_keys",
+    "seeded_hashes",
     "seeded_order",
     "sorted_samples",
 ]
@@ -38,17 +41,38 @@ AnySample = Sample | tuple[str, int | str, bytes | str | Path | Callable[[], byt
 
 def seeded_order(items: Sequence[str], seed: int) -> list[int]:
     """Indices of `items` in a random order fixed by `seed`: by keyed hash, so no library can change it."""
-    hashes = [hashlib.blake2b(f"{seed}:{item}".encode(), digest_size=16).digest() for item in items]
-    return sorted(range(len(items)), key=hashes.__getitem__)
+    return order_of(seeded_hashes(items, seed)).tolist()
+
+
+def seeded_hashes(items: Iterable[str], seed: int) -> np.ndarray:
+    """(n, 2) uint64: what `seeded_order` sorts by, first half first."""
+    digests = b"".join(hashlib.blake2b(f"{seed}:{item}".encode(), digest_size=16).digest() for item in items)
+    return np.frombuffer(digests, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def order_of(hashes: np.ndarray) -> np.ndarray:
+    """(n,) int64: indices in the order of `seeded_hashes`."""
+    return np.lexsort((hashes[:, 1], hashes[:, 0]))
+
+
+def sample_keys(ranks: range, total: int) -> Iterator[str]:
+    """`sample_key` of each of these ranks."""
+    digits = _key_digits(total)
+    return (f"{rank:0{digits}d}" for rank in ranks)
 
 
 def sample_key(rank: int, total: int) -> str:
     """The key in the tar of the sample with this rank among `total` names in order."""
-    return f"{rank:0{max(8, len(str(total - 1)))}d}"
+    return f"{rank:0{_key_digits(total)}d}"
+
+
+def _key_digits(total: int) -> int:
+    return 8 if total <= 10**8 else len(str(total - 1))
 
 
 def sorted_samples(split: str, given: Iterable[AnySample]) -> list[Sample]:
-    samples = sorted((Sample(*sample) for sample in given), key=operator.itemgetter(0))
+    samples = [sample if type(sample) is Sample else Sample(*sample) for sample in given]
+    samples.sort(key=operator.itemgetter(0))
     if not samples:
         raise DataError(f"split {split!r} has no samples; nothing to pack")
     for i, sample in enumerate(samples):

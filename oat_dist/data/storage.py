@@ -1,70 +1,211 @@
-"""Bytes of samples out of local shards, by (shard, offset, length).
+"""Bytes of samples out of shards, by (shard, offset, length).
 
-`pread` on kept file descriptors: safe from many threads at once, and a shard that is cut short while a run reads it
-gives a short read, an error we can name, where a memory map would kill the process with SIGBUS.
+`pread` on descriptors: safe from many threads at once, and a shard that is cut short while a run reads it gives a short
+read, an error we can name, where a memory map would kill the process with SIGBUS. Local shards stay open. A remote one
+is opened in the cache for each read (some 15 microseconds), so that it never keeps its place there from others;
+background threads fetch what has been announced.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
 
 from oat_dist.data.index import ShardSet
+from oat_dist.data.remote import StoppedError, shown
+from oat_dist.data.shard_cache import RemoteFile
 from oat_dist.errors import DataError
 
 __all__ = ["ShardReader"]
 
 MAX_OPEN = 256
+FETCHERS = 4  # shards fetched at a time in the background, by each process
+
+# What a network file system or a loose cable gives now and then.
+_TRANSIENT = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENETDOWN)
+_RETRY_DELAYS_S = (0.1, 0.5, 2.0)
+# A shard that could not be fetched ahead is not tried again for so long: there was no room, or the reader will say why.
+_AGAIN_S = 2.0
 
 
 class ShardReader:
-    """Reads samples of one split; at most `MAX_OPEN` shards are open at a time."""
+    """Reads samples of one split; at most `MAX_OPEN` shards are open at a time. Used from many threads."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
         self._open: dict[int, int] = {}  # shard number -> descriptor, oldest first
         self._lock = threading.Lock()
+        self._remote = {  # shard number -> where
+            number: place
+            for number in range(len(shards.manifest.shards))
+            if isinstance(place := shards.place(number), RemoteFile)
+        }
+        self._stop_reads = threading.Event()
+        self._ahead: _Ahead | None = None
+        self._said = b"", 0.0  # the last announcement, and until when it need not be repeated
 
     def read(self, sample_id: int) -> bytes:
         """The image file of one sample, as it was packed.
 
         Raises:
-            DataError: the shard is missing, unreadable or too short. Never skipped: this is not a bad sample.
+            DataError: the shard is missing, unreadable or too short, also after some tries, or cannot be fetched.
+                Never skipped: this is not a bad sample.
         """
-        index = self.shards.index
-        shard, length = int(index.shard[sample_id]), int(index.length[sample_id])
-        offset = int(index.offset[sample_id])
-        path = self.shards.folder / self.shards.manifest.shards[shard].name
-        try:
-            with self._lock:
-                descriptor = self._descriptor(shard)
-                # Duplicated, so that another thread may evict the original while we read.
-                descriptor = os.dup(descriptor)
-            try:
-                data = os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); mend that or restore the shard, and start again"
-            ) from error
+        shard, offset, length = self.shards.row(sample_id)
+        remote = self._remote.get(shard)
+        data = self._read_local(shard, offset, length) if remote is None else self._read_remote(remote, offset, length)
         if len(data) != length:
             raise DataError(
-                f"{path}: the shard ends before sample {sample_id} does (offset {offset:,}, {length:,} bytes); "
-                "it was cut short: restore it and start again"
+                f"{self.shards.place(shard)}: the shard ends before sample {sample_id} does (offset {offset:,}, "
+                f"{length:,} bytes); it was cut short: restore it and start again"
             )
         return data
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Announce samples that will be read soon: their remote shards are fetched in the background, in this order.
+
+        Returns at once, and costs nothing where all shards are local. What cannot be fetched now is fetched, or
+        reported, when it is read.
+        """
+        if self._remote and len(ids):
+            shards = self.shards.index.shard[ids]
+            numbers, first = np.unique(shards, return_index=True)
+            self.prefetch_shards(numbers[np.argsort(first)])
+
+    def prefetch_shards(self, numbers: np.ndarray) -> None:
+        """Announce whole shards, by number, as `prefetch` does samples."""
+        said = numbers.tobytes()
+        if not self._remote or (said == self._said[0] and time.monotonic() < self._said[1]):
+            return
+        self._said = said, time.monotonic() + _AGAIN_S
+        with self._lock:
+            if self._ahead is None:
+                self._ahead = _Ahead(self.shards)
+            ahead = self._ahead
+        ahead.announce(self._remote[number] for number in numbers.tolist() if number in self._remote)
+
+    def cancel_reads(self) -> None:
+        """Make reads that wait for a remote shard fail soon, so that their threads can end."""
+        with self._lock:
+            self._stop_reads.set()
+            self._stop_reads = threading.Event()
+
+    def close(self) -> None:
+        """Let go of open shards and stop fetching. A closed reader that is used opens its shards again."""
+        self.cancel_reads()
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+            ahead, self._ahead = self._ahead, None
+            self._said = b"", 0.0
+        if ahead is not None:
+            ahead.stop()
+
+    def _read_local(self, shard: int, offset: int, length: int) -> bytes:
+        for delay in (*_RETRY_DELAYS_S, None):
+            try:
+                with self._lock:
+                    # Duplicated, so that another thread may evict the original while we read.
+                    descriptor = os.dup(self._descriptor(shard))
+                try:
+                    return os.pread(descriptor, length, offset)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                if error.errno not in _TRANSIENT or delay is None:
+                    tries = f" in {len(_RETRY_DELAYS_S) + 1} tries" if error.errno in _TRANSIENT else ""
+                    raise DataError(
+                        f"{self.shards.place(shard)}: cannot be read{tries} ({error.strerror}); mend that or restore "
+                        "the shard, and start again"
+                    ) from error
+            time.sleep(delay)
+            with self._lock:
+                stale = self._open.pop(shard, None)
+                if stale is not None:
+                    os.close(stale)
+        raise AssertionError
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
             if len(self._open) >= MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
-            path = self.shards.folder / self.shards.manifest.shards[shard].name
+            path = self.shards.place(shard)
+            assert isinstance(path, Path)
             self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._open[shard]
 
-    def close(self) -> None:
+    def _read_remote(self, remote: RemoteFile, offset: int, length: int) -> bytes:
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
+            stop = self._stop_reads
+        try:
+            descriptor = self.shards.cache.open(remote, stop)
+        except StoppedError:
+            raise DataError(f"{shown(remote.url)}: no longer waited for, since the run ends") from None
+        try:
+            return os.pread(descriptor, length, offset)
+        except OSError as error:
+            raise DataError(
+                f"{self.shards.cache.folder}: a cached shard cannot be read ({error.strerror}); "
+                "set data.cache_dir to another disk"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+
+class _Ahead:
+    """Background threads that fetch announced shards into the cache, first announced first."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._cache = shards.cache
+        self._waiting: OrderedDict[RemoteFile, None] = OrderedDict()
+        self._busy: set[RemoteFile] = set()
+        self._later: dict[RemoteFile, float] = {}  # not before this moment
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def announce(self, files: Iterable[RemoteFile]) -> None:
+        """Fetch these, unless they are there or already announced."""
+        with self._changed:
+            for file in files:
+                known = file in self._waiting or file in self._busy or time.monotonic() < self._later.get(file, 0.0)
+                if not known and not self._cache.holds(file):
+                    self._waiting[file] = None
+            while len(self._threads) < min(FETCHERS, len(self._waiting) + len(self._busy)):
+                # Daemons: a process that ends does not wait for what it fetches. Half a file is no file.
+                thread = threading.Thread(target=self._run, name="oat-fetch", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stop.set()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._stop.is_set())
+                if self._stop.is_set():
+                    return
+                file, _ = self._waiting.popitem(last=False)
+                self._busy.add(file)
+            done = False
+            with contextlib.suppress(DataError, StoppedError):  # the reader of the shard will meet the same error
+                done = self._cache.fetch_ahead(file, self._stop)
+            with self._changed:
+                self._busy.discard(file)
+                if not done:
+                    self._later[file] = time.monotonic() + _AGAIN_S

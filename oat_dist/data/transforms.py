@@ -1,4 +1,4 @@
-"""From decoded images of any size to (S, S, 3), and from uint8 batches to normalised input on the device."""
+"""Mirroring by hash, and from uint8 batches to normalised input on the device."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from oat_dist.data.plan import keyed_hash
+from oat_dist.data.draws import FLIP
+from oat_dist.data.hashing import keyed_hash
+from oat_dist.data.resize import squash
 
 __all__ = ["AUGMENTATIONS", "Normalise", "flips", "squash"]
 
-AUGMENTATIONS = ("none", "flip")
-
-
-def squash(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """Resize to (size, size, 3) whatever the aspect ratio, bilinear and antialiased, as the authors do."""
-    if image_HWC.shape[:2] == (size, size):
-        return image_HWC
-    return np.asarray(Image.fromarray(image_HWC).resize((size, size), Image.Resampling.BILINEAR))
+AUGMENTATIONS = ("flip", "pad_crop", "randaugment", "trivialaugment")  # in their order of use
 
 
 def flips(ids_B: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Which samples are mirrored this epoch (B,), bool: a function of (seed, epoch, id), not of rank or thread."""
-    return (keyed_hash(ids_B, seed, epoch, 3) >> np.uint64(63)).astype(bool)
+    return (keyed_hash(ids_B, seed, epoch, FLIP) >> np.uint64(63)).astype(bool)
 
 
 class Normalise:

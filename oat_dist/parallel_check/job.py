@@ -9,6 +9,7 @@ from pathlib import Path
 
 from oat_dist.config import Config
 from oat_dist.data.plan import Layout, Part
+from oat_dist.errors import ConfigError
 
 __all__ = ["Case", "Job", "case_config", "check_config", "plan_job", "read_job", "write_job"]
 
@@ -59,8 +60,16 @@ class Job:
 
 
 def check_config(config: Config) -> tuple[Config, list[str]]:
-    """The configuration under which exactness can be expected, and a note on each thing that differs."""
+    """The configuration under which exactness can be expected, and a note on each thing that differs.
+
+    Raises:
+        ConfigError: data that no two runs see alike.
+    """
     notes = []
+    if config.data.mode == "stream":
+        raise ConfigError("data.mode=stream draws other samples in every run; use data.mode=shards (oat-dist index)")
+    if config.data.mix != "none":
+        notes.append(f"data.mix={config.data.mix}: left out of the check")
     if config.engine.precision == "bf16":
         notes.append("engine.precision=bf16: checked in fp32, where a difference shows")
     if config.optim.name != "sgd":
@@ -73,7 +82,7 @@ def check_config(config: Config) -> tuple[Config, list[str]]:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, compile=False),
-        data=dataclasses.replace(config.data, eval_split=None),
+        data=dataclasses.replace(config.data, eval_split=None, mix="none"),
         optim=dataclasses.replace(config.optim, name="sgd"),
         engine=dataclasses.replace(config.engine, name=None, deepspeed=None, precision="no", processes=None),
     ), notes

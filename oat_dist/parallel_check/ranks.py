@@ -8,14 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oat_dist.batch import Window
 from oat_dist.config import Config
-from oat_dist.data.plan import EpochOrder
+from oat_dist.data.loader import TrainLoader
+from oat_dist.data_parts import DataParts, build_data
 from oat_dist.distributed import counts
 from oat_dist.engine import Engine
 from oat_dist.engine.zero_config import BatchShape
@@ -24,7 +24,7 @@ from oat_dist.parallel_check.distance import distance, start_file
 from oat_dist.parallel_check.job import Case, Job, case_config
 from oat_dist.parallel_check.network import digest, quieten
 from oat_dist.parallel_check.reference import NO_CLIP
-from oat_dist.parts import DataParts, build_criterion, build_data, build_network, optimizer_for
+from oat_dist.parts import build_criterion, build_network, optimizer_for
 from oat_dist.window_step import WindowStep
 
 __all__ = ["run_rank"]
@@ -85,7 +85,7 @@ class _Rank:
             anchors_GC = objective.anchors()
             anchors.append([] if anchors_GC is None else anchors_GC.tolist())
 
-        step = WindowStep(replica, lambda batch: data.normalise(batch.images_BHWC), case.span, note)
+        step = WindowStep(replica, data.images, case.span, note)
         found: dict[str, Any] = {
             "ids": [],
             "fingerprints": [],
@@ -116,7 +116,7 @@ class _Rank:
         weights = replica.weights()
         found["parameters"] = distance(weights, self.folder, case.reference) if self.world.is_main else None
         replica.close()
-        data.builder.close()
+        data.close()
         return found
 
     def _objective(self, config: Config, num_classes: int, scope: str | None) -> Objective:
@@ -130,9 +130,10 @@ class _Rank:
         """The first sample of the global batch gives way to its last one, which is then seen twice."""
         if not self.world.is_main:
             return window
-        _, stop = data.loader.layout.batch_range(window.step_in_epoch, data.train_set.num_samples)
-        order = EpochOrder(data.train_set.num_samples, self.config.seed, window.epoch)
-        last = data.builder.build(np.asarray(order.ids(stop - 1, stop)))
+        loader = data.loader
+        assert isinstance(loader, TrainLoader)
+        _, stop = loader.layout.batch_range(window.step_in_epoch, data.train_set.num_samples)
+        last = loader.builder.build(loader.order(window.epoch).ids(stop - 1, stop), window.epoch)
         first = window.batches[0]
         images_BHWC, labels_B = first.images_BHWC.clone(), first.labels_B.clone()
         images_BHWC[0], labels_B[0] = last.images_BHWC[0], last.labels_B[0]

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from oat_dist.anchor import anchor_targets, batch_anchor
 from oat_dist.batch import Batch
 from oat_dist.config import Config
-from oat_dist.data.plan import EpochOrder, fingerprint
-from oat_dist.data.transforms import flips
+from oat_dist.data.loader import TrainLoader
+from oat_dist.data.plan import fingerprint
+from oat_dist.data_parts import DataParts, build_data
 from oat_dist.engine import Engine
 from oat_dist.errors import not_finite
 from oat_dist.parallel_check.distance import distance, start_file, weights_file
 from oat_dist.parallel_check.job import Job, Rows
 from oat_dist.parallel_check.network import calibrate, digest, quieten, wake_head
-from oat_dist.parts import DataParts, build_data, build_network, optimizer_for
+from oat_dist.parts import build_network, optimizer_for
 
 __all__ = ["NO_CLIP", "run_reference"]
 
@@ -40,9 +41,9 @@ def run_reference(engine: Engine, job: Job, config: Config, folder: Path) -> Non
     built_digest = digest(built)
     notes = [*(line.removeprefix("note: ") for line in lines), *quieten(built)]
     network = built.to(engine.world.device)
-    batches = [_joined(data, config, *batch) for batch in job.batches]
+    batches = [_joined(data, *batch) for batch in job.batches]
     if config.model.weights is None:
-        calibrate(network, data.normalise(batches[0].images_BHWC))
+        calibrate(network, data.images(batches[0]))
     notes += wake_head(network)
     save_file(_plain(network.state_dict()), start_file(folder))
 
@@ -83,7 +84,7 @@ class _Reference:
             group["lr"] *= group["lr_scale"]
         record: dict[str, Any] = {"loss": [], "norm": [], "anchors": []}
         for step, batch in enumerate(self.batches):
-            images_BCHW = self.data.normalise(batch.images_BHWC)
+            images_BCHW = self.data.images(batch)
             logits_BC = torch.cat([network(piece) for piece in images_BCHW.chunk(pieces)])
             loss, anchors = self._loss(logits_BC, batch, sets[step])
             if not math.isfinite(loss.item()):
@@ -122,10 +123,10 @@ class _Reference:
         return total / (samples * logits_BC.shape[1]), anchors
 
 
-def _joined(data: DataParts, config: Config, epoch: int, start: int, stop: int) -> Batch:
+def _joined(data: DataParts, epoch: int, start: int, stop: int) -> Batch:
     """A whole global batch."""
-    ids_B = EpochOrder(data.train_set.num_samples, config.seed, epoch).ids(start, stop)
-    return data.builder.build(ids_B, flips(ids_B, config.seed, epoch) if config.data.augment == "flip" else None)
+    assert isinstance(data.loader, TrainLoader)
+    return data.loader.builder.build(data.loader.order(epoch).ids(start, stop), epoch)
 
 
 def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:

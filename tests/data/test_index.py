@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load, save
 
-from oat_dist.data.index import Index, ShardSet, open_split
+from oat_dist.data import index as index_module
+from oat_dist.data.index import Index, Manifest, ShardSet, open_split
 from oat_dist.data.packing import write_shards
+from oat_dist.data.storage import ShardReader
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes
 
@@ -148,7 +150,152 @@ def test_index_that_points_outside_its_shards(tmp_path: Path) -> None:
     assert "names a shard that the manifest lacks" in refusal(tmp_path / "train")
     replace_index(tmp_path / "train", index.to_bytes())
     replace_column(tmp_path / "train", "offset", index.offset + np.uint64(10_000))
-    assert "a sample lies beyond the end of its shard" in refusal(tmp_path / "train")
+    assert "lies beyond the end of its shard; pack again" in refusal(tmp_path / "train")
     replace_index(tmp_path / "train", index.to_bytes())
     edit_manifest(tmp_path / "train", lambda values: values.update(num_samples=11))
     assert "the index lists 12 samples, the manifest 11" in refusal(tmp_path / "train")
+
+
+# Large indexes are mapped.
+
+
+def test_a_mapped_index_is_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = packed(tmp_path / "train")
+    monkeypatch.setattr(index_module, "READ_LIMIT", 0)
+    mapped = open_split(tmp_path / "train").index
+    for column in dataclasses.fields(Index):
+        values = getattr(mapped, column.name)
+        assert np.array_equal(values, getattr(shards.index, column.name))
+        assert not values.flags.writeable and not values.flags.owndata
+    assert [mapped.name(i) for i in range(12)] == [f"ä{i:02d}" for i in range(12)]
+    assert f"{tmp_path}/train/index.safetensors" in Path("/proc/self/maps").read_text()
+    assert np.array_equal(Index.from_file(tmp_path / "train/index.safetensors").label, shards.index.label)
+
+
+def test_what_is_checked_of_a_mapped_index_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size when it is opened, its rows where they are used; its checksum by verify."""
+    index = packed(tmp_path / "train").index
+    monkeypatch.setattr(index_module, "READ_LIMIT", 0)
+    labels, offsets, numbers, ends = (getattr(index, name).copy() for name in ("label", "offset", "shard", "name_ends"))
+    labels[3], offsets[4], numbers[5], ends[6] = 99, 2**64 - 1, 77, 0
+    for name, values in (("label", labels), ("offset", offsets), ("shard", numbers), ("name_ends", ends)):
+        replace_column(tmp_path / "train", name, values)
+    shards = open_split(tmp_path / "train")
+    reader = ShardReader(shards)
+    assert len(reader.read(3)) == index.length[3]
+    with pytest.raises(DataError, match=r"'ä04' \(sample 4, .*lies beyond the end of its shard; pack again"):
+        reader.read(4)
+    with pytest.raises(DataError, match=r"names a shard that the manifest lacks; pack again"):
+        reader.read(5)
+    assert "shard 77, which there is not" in shards.describe(5)
+    assert shards.index.name(6) == "" and shards.index.name(8) == "ä08"
+    path = tmp_path / "train/index.safetensors"
+    with path.open("ab") as file:
+        file.write(b"x")
+    assert f"{path}: the index does not match" in refusal(tmp_path / "train")
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: object, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def small_index() -> Index:
+    rows = {name: np.arange(5) for name in ("shard", "offset", "length", "label", "width", "height")}
+    return Index.from_rows(rows, list("abcde"))
+
+
+def change(place: str, value: object) -> Callable[[dict, bytes], bytes]:
+    def apply(header: dict, body: bytes) -> bytes:
+        column, _, key = place.partition(".")
+        if value is None:
+            del header[column]
+        elif key:
+            header[column][key] = value
+        else:
+            header[column] = value
+        return with_header(header, body)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda header, body: b"", "no safetensors header"),
+        (lambda header, body: b"1234567", "no safetensors header"),
+        (lambda header, body: (2**63).to_bytes(8, "little") + body, "no safetensors header"),
+        (lambda header, body: with_header(b"{", body), "its header is no JSON object"),
+        (lambda header, body: with_header(b"[" * 100_000, body), "its header is no JSON object"),
+        (lambda header, body: with_header(b"\xff\xfe", body), "its header is no JSON object"),
+        (lambda header, body: with_header([], body), "its header is no JSON object"),
+        (lambda header, body: with_header(header, body[:-1]), "column name_bytes does not fit its place"),
+        (lambda header, body: with_header(header, body + b"x"), "751 bytes where its header says 750"),
+        (change("label", None), "columns height, length, name_bytes, name_ends, offset, shard, width instead of"),
+        (change("more", {}), "columns .*more.* instead of"),
+        (change("label", 7), "column label has another type or shape"),
+        (change("label.dtype", "I64"), "column label has another type or shape"),
+        (change("label.dtype", "U32"), "column label is of the wrong type"),
+        (change("label.dtype", ["I32"]), "column label has another type or shape"),
+        (change("label.shape", [5, 1]), "column label has another type or shape"),
+        (change("label.shape", []), "column label has another type or shape"),
+        (change("label.shape", [-5]), "column label has no place"),
+        (change("label.shape", [5.0]), "column label has no place"),
+        (change("label.shape", [True]), "column label has no place"),
+        (change("label.shape", [2**70]), "column label does not fit its place"),
+        (change("label.data_offsets", [-20, 0]), "column label has no place"),
+        (change("label.data_offsets", [20, 0]), "column label has no place"),
+        (change("label.data_offsets", [10**6, 10**6 + 20]), "column label does not fit its place"),
+        (change("label.data_offsets", [0, 20]), "its columns overlap or leave a gap"),
+        (change("label.data_offsets", [0]), "column label has another type or shape"),
+    ],
+)
+def test_a_damaged_header_is_named(damage: Callable[[dict, bytes], bytes], why: str) -> None:
+    header, body = header_of(small_index().to_bytes())
+    assert len(Index.from_bytes(with_header({**header, "__metadata__": {"a": "b"}}, body), "x")) == 5
+    with pytest.raises(DataError, match=f"^i.safetensors: damaged index \\({why}.*\\); pack the data set again$"):
+        Index.from_bytes(damage(header, body), "i.safetensors")
+
+
+def test_whatever_is_flipped_is_an_error_or_what_the_library_reads() -> None:
+    data = small_index().to_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(1500):
+        damaged = bytearray(data)
+        damaged[int(random.integers(0, len(data) - 100))] ^= 1 << int(random.integers(0, 8))
+        try:
+            index = Index.from_bytes(bytes(damaged), "x")
+        except DataError:
+            refused += 1
+            continue
+        theirs = load(bytes(damaged))
+        for column in dataclasses.fields(Index):
+            assert np.array_equal(getattr(index, column.name), theirs[column.name])
+    assert 700 < refused < 1500
+
+
+# The manifest.
+
+
+def test_the_place_of_a_shard_is_said_only_where_it_is_elsewhere(tmp_path: Path) -> None:
+    manifest = packed(tmp_path / "train").manifest
+    assert '"url"' not in manifest.to_json()
+    there = dataclasses.replace(manifest.shards[0], url="s3://bucket/x.tar")
+    manifest = dataclasses.replace(manifest, shards=[there, *manifest.shards[1:]])
+    assert Manifest.from_json(manifest.to_json(), "x") == manifest and manifest.to_json().count('"url"') == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("url", 7), ("size", -1), ("size", "9"), ("samples", "9"), ("sha256", "../../x"), ("sha256", None), ("name", 3)],
+)
+def test_a_shard_that_the_manifest_describes_wrongly(tmp_path: Path, key: str, value: object) -> None:
+    packed(tmp_path / "train")
+    edit_manifest(tmp_path / "train", lambda values: values["shards"][0].update({key: value}))
+    assert refusal(tmp_path / "train").startswith(f"{tmp_path}/train/manifest.json: damaged manifest (")

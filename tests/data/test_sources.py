@@ -189,7 +189,7 @@ def test_unreadable_image_through_the_command(tmp_path: Path, capsys: pytest.Cap
     assert pack.main(["imagefolder", str(root), str(out)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {root}/val/b/") and "--on-bad skip" in captured.err
-    assert [p.name for p in out.iterdir()] == [".packing.lock"]
+    assert all(path.name.startswith(".packing") for path in out.iterdir())  # no split, at most work to go on from
     assert pack.main(["imagefolder", str(root), str(out), "--on-bad", "skip"]) == 0
     captured = capsys.readouterr()
     assert "  skipped val/b/bad.jpg: " in captured.out
@@ -217,11 +217,9 @@ def test_pack_command_from_any_folder(tmp_path: Path) -> None:
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(tmp_path / "in", "a/1.jpg", "b/1.jpg", "b/2.jpg", "b/x.txt")
     assert pack.main(["imagefolder", str(tmp_path / "in"), str(tmp_path / "out"), "--dry-run"]) == 0
-    assert capsys.readouterr().out.splitlines()[:3] == [
-        "2 classes: a, b",
-        "train: 3 images, 1 to 2 a class",
-        "note: 1 not an image and left out: b/x.txt",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 classes" and "note: 1 not an image and left out: b/x.txt" in lines
+    assert [line.split() for line in lines[1:4]] == [["train"], ["a", "1"], ["b", "2"]]
     assert not (tmp_path / "out").exists()
 
 

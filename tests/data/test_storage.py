@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,3 +114,41 @@ def test_a_shard_that_is_a_folder_is_an_error_not_a_traceback(make_photos: Calla
     with pytest.raises(DataError, match="cannot be read"):
         reader.read(0)
     reader.close()
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(
+    make_photos: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system gives a real EIO (of unmapped memory, behind the name of the shard) until the shard is back."""
+    monkeypatch.setattr(storage, "_RETRY_DELAYS_S", (0.02, 0.3, 0.3))
+    shards = make_photos(20, shard_samples=10)
+    path = shards.folder / shards.manifest.shards[0].name
+    sample = int(np.flatnonzero(shards.index.shard == 0)[3])
+    reader = ShardReader(shards)
+    expected = reader.read(sample)
+    reader.close()
+    away = path.rename(path.with_suffix(".away"))
+    path.symlink_to("/proc/self/mem")
+    back = threading.Timer(0.1, lambda: away.replace(path))
+    back.start()
+    assert reader.read(sample) == expected
+    back.join()
+    assert not path.is_symlink() and open_shards(shards) == 1
+    reader.close()
+
+
+def test_a_read_that_keeps_failing_stops(make_photos: Callable[..., ShardSet], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_RETRY_DELAYS_S", (0.0, 0.0, 0.0))
+    shards = make_photos(6)
+    path = shards.folder / shards.manifest.shards[0].name
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    reader = ShardReader(shards)
+    with pytest.raises(
+        DataError, match=f"{path}: cannot be read in 4 tries .Input/output error.; mend that or restore"
+    ):
+        reader.read(0)
+    reader.close()
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path}: cannot be read .No such file or directory.; mend"):  # once
+        reader.read(0)

@@ -12,7 +12,11 @@ from oat_dist.data.samples import Sample
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, deal_to_splits
 from oat_dist.errors import DataError
 
-__all__ = ["plan_digits"]
+__all__ = ["HELP", "plan_digits"]
+
+HELP = """\
+scikit-learn's 1,797 handwritten digits (8x8); INPUT is -, nothing is downloaded
+(needs: pip install 'oat_dist[quickstart]')"""
 
 _DEFAULT_SPLITS = {"train": Fraction(4, 5), "test": Fraction(1, 5)}
 

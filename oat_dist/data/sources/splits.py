@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from oat_dist.data.samples import Sample, seeded_order
 from oat_dist.errors import DataError
 
-__all__ = ["PackPlan", "SplitRequest", "deal_to_splits", "parse_splits"]
+__all__ = [
+    "SPLIT_NAMES",
+    "PackPlan",
+    "SplitRequest",
+    "chosen_splits",
+    "deal_to_splits",
+    "list_some",
+    "other_counts",
+    "parse_splits",
+]
 
 # split name -> its share of every class; None: the split as a whole
 SplitRequest = Mapping[str, Fraction | None]
+
+# what people call the usual splits, in lower case -> what we call them
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+_NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,37 @@ def parse_splits(texts: Sequence[str]) -> dict[str, Fraction | None]:
     if shares and (min(shares) <= 0 or sum(shares) != 1):
         raise DataError(f"--split: shares must be above 0 and add up to 1, not {float(sum(shares)):g}")
     return splits
+
+
+def chosen_splits(where: object, there: Iterable[str], splits: SplitRequest) -> list[str]:
+    """Names of the splits to pack of an input that is split already into `there`: those asked for, or all.
+
+    Raises:
+        DataError: shares were given, or a split that is not there.
+    """
+    names = list(there)
+    if any(share is not None for share in splits.values()):
+        raise DataError(f"{where}: is split already ({', '.join(names)}); leave the shares out of --split")
+    for name in splits:
+        if name not in names:
+            raise DataError(f"{where}: has no split {name!r}; it has {', '.join(names)}")
+    return list(splits) or names
+
+
+def other_counts(name: str, planned: Mapping[str, Sequence[Sample]], published: Mapping[str, int]) -> list[str]:
+    """A note if splits have other numbers of samples than the published data set: a download may be incomplete."""
+    others = [
+        f"{split} has {len(samples):,} ({published[split]:,})"
+        for split, samples in planned.items()
+        if len(samples) != published[split]
+    ]
+    return [f"not as many as in {name} as published (in brackets): {', '.join(others)}"] if others else []
+
+
+def list_some(names: Sequence[str]) -> str:
+    """The first five, and how many more."""
+    more = f" and {len(names) - _NAMED_AT_MOST:,} more" if len(names) > _NAMED_AT_MOST else ""
+    return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
 def deal_to_splits(samples: Sequence[Sample], splits: SplitRequest, seed: int) -> dict[str, list[Sample]]:
