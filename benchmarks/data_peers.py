@@ -41,8 +41,8 @@ def peer_sides(images: ImageSet, folder: Path) -> tuple[list[Side], dict[str, st
             sides.append(make(images, folder))
         except ImportError as error:
             missing[name] = f"not installed ({error})"
-        except RuntimeError as error:
-            missing[name] = next(line for line in str(error).splitlines() if line.strip())
+        except (RuntimeError, OSError) as error:
+            missing[name] = " ".join(str(error).split())[:200]
     return sides, missing
 
 
@@ -103,7 +103,6 @@ def _streaming(images: ImageSet, folder: Path) -> Side:
                 with Image.open(path) as image:  # of an opened file the bytes are kept
                     writer.write({"image": image, "label": number})
     transform = _transform(images)
-
     base: Any = streaming.StreamingDataset
 
     class Images(base):
@@ -140,7 +139,7 @@ def _dali(images: ImageSet, folder: Path) -> Side:
             pixels = fn.decoders.image(files, device="cpu", output_type=types.RGB)
             pixels = fn.slice(
                 pixels,
-                fn.cast(dali.math.floor(start), dtype=types.INT32),
+                start=fn.cast(dali.math.floor(start), dtype=types.INT32),
                 shape=(images.size, images.size),
                 axes=(0, 1),
                 out_of_bounds_policy="pad",

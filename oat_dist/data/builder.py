@@ -6,6 +6,7 @@ ranks and the order are not affected. A sample that cannot be *read* always stop
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import numpy as np
@@ -88,8 +89,10 @@ class BatchBuilder:
         size = self.pipeline.size
         if self.pin_memory:  # torch itself uses page-locked memory again
             return torch.empty((number, size, size, 3), dtype=torch.uint8, pin_memory=True)
-        block_BHWC = self._unused.pop() if self._unused else None
-        if block_BHWC is None or len(block_BHWC) < number:
+        block_BHWC = np.empty((0, size, size, 3), dtype=np.uint8)
+        with contextlib.suppress(IndexError):  # several threads take from it
+            block_BHWC = self._unused.pop()
+        if len(block_BHWC) < number:
             block_BHWC = torch.empty((number, size, size, 3), dtype=torch.uint8).numpy()
         view_BHWC = block_BHWC[:number]  # kept alive by every tensor on it, and by nothing else
         weakref.finalize(view_BHWC, self._unused.append, block_BHWC).atexit = False

@@ -127,8 +127,8 @@ class ShardWindows:
         need = sum(sizes[: 2 * self.num_shards])
         if cache.limit is not None and need > cache.limit:
             notes.append(
-                f"note: data.shuffle_shards={self.num_shards} needs {need / 1e9:.1f} GB of cache for a window and the "
-                f"next, data.cache_gb is {cache.limit / 1e9:.1f}: shards will be fetched again and again; use fewer "
+                f"note: data.shuffle_shards={self.num_shards} needs {need / 1e9:.3g} GB of cache for a window and the "
+                f"next, data.cache_gb is {cache.limit / 1e9:.3g}: shards will be fetched again and again; use fewer "
                 "shards or a larger cache"
             )
         return notes

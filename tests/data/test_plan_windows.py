@@ -163,7 +163,7 @@ def test_a_cache_too_small_for_two_windows_is_told() -> None:
     shards = split([5] * 6, location="http://host/set", limit=5 * 10**9)
     assert ShardWindows(shards, 2).notes(0) == []
     [note] = ShardWindows(shards, 3).notes(0)
-    assert "data.shuffle_shards=3 needs 6.0 GB of cache for a window and the next, data.cache_gb is 5.0" in note
+    assert "data.shuffle_shards=3 needs 6 GB of cache for a window and the next, data.cache_gb is 5" in note
     assert ShardWindows(split([5] * 6, limit=10**9), 3).notes(0) == []  # local shards need no cache
 
 

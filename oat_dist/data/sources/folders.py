@@ -27,11 +27,11 @@ from oat_dist.errors import DataError
 __all__ = ["IMAGES", "VIDEOS", "Kind", "input_folder", "plan_folders", "printable", "visible_entries"]
 
 
-def _file_itself(path: Path) -> Path:
+def _file_itself(path: str) -> str:
     return path
 
 
-def _middle_frame(path: Path) -> Callable[[], bytes]:
+def _middle_frame(path: str) -> Callable[[], bytes]:
     return functools.partial(middle_frame_png, path)
 
 
@@ -41,7 +41,7 @@ class Kind:
 
     noun: str
     suffixes: frozenset[str]
-    data: Callable[[Path], Path | Callable[[], bytes]]
+    data: Callable[[str], str | Callable[[], bytes]]
 
     def holds(self, entry: os.DirEntry[str]) -> bool:
         """A dangling link counts: the packer reports it. A pipe does not: reading it may hang."""
@@ -173,7 +173,7 @@ class _Walk:
             for entry in entries:
                 name = f"{place}/{printable(entry.name)}"
                 if self.kind.holds(entry):
-                    samples.append(Sample(name, label, self.kind.data(Path(entry.path))))
+                    samples.append(Sample(name, label, self.kind.data(entry.path)))
                 elif not entry.is_dir():
                     self.left_out.append(name)
             waiting += [entry.path for entry in reversed(entries) if entry.is_dir()]
