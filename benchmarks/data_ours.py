@@ -14,12 +14,12 @@ from benchmarks.data_sets import SHORT_SIDE, ImageSet
 from oat_dist.batch import Batch
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.decoded_cache import open_decoded_cache
+from oat_dist.data.images.pipeline import ImagePipeline
+from oat_dist.data.images.transforms import Normalise
 from oat_dist.data.index import ShardSet
 from oat_dist.data.loader import TrainLoader
-from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.data.plan import Layout
 from oat_dist.data.storage import ShardReader
-from oat_dist.data.transforms import Normalise
 
 __all__ = ["CACHED", "CEILING", "OURS", "READ", "ceiling", "epoch", "loader", "our_sides", "pipeline", "read_side"]
 

@@ -13,11 +13,11 @@ from benchmarks.data_measure import Side
 from benchmarks.data_ours import epoch, loader
 from benchmarks.data_sets import ImageSet
 from oat_dist import OATLoss
-from oat_dist.data.batchwise import flip_images, pad_crop_images, pad_crop_offsets
 from oat_dist.data.builder import BatchBuilder
-from oat_dist.data.pipeline import ImagePipeline
+from oat_dist.data.images.batchwise import flip_images, pad_crop_images, pad_crop_offsets
+from oat_dist.data.images.pipeline import ImagePipeline
+from oat_dist.data.images.transforms import Normalise, flips
 from oat_dist.data.plan import EpochOrder
-from oat_dist.data.transforms import Normalise, flips
 from oat_dist.models import Lightweight
 
 __all__ = ["IN_MEMORY", "LOADED", "STEP_BATCH", "feeds", "step_sides"]

@@ -28,10 +28,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
 from oat_dist.data.index import open_split
+from oat_dist.data.integrity.verify import verify_output
 from oat_dist.data.storage import ShardReader
-from oat_dist.data.verify import verify_output
 
 PACK = Path(__file__).parents[1] / "shards" / "pack.py"
 

@@ -17,9 +17,9 @@ import psutil
 
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.decoded_cache import open_decoded_cache
+from oat_dist.data.images.pipeline import ImagePipeline, parse_augment
 from oat_dist.data.index import ShardSet, open_split
 from oat_dist.data.loader import TrainLoader
-from oat_dist.data.pipeline import ImagePipeline, parse_augment
 from oat_dist.data.plan import Layout
 
 KINDS = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from oat_dist.anchor import anchor_targets, batch_anchor, invert
     from oat_dist.data.packing import write_shards
-    from oat_dist.data.samples import Sample
+    from oat_dist.data.packing.samples import Sample
     from oat_dist.oat_loss import OATLoss
     from oat_dist.predict import OATClassifier
 
@@ -20,7 +20,7 @@ __all__ = ["OATClassifier", "OATLoss", "Sample", "anchor_targets", "batch_anchor
 _HOMES = {
     "OATClassifier": "oat_dist.predict",
     "OATLoss": "oat_dist.oat_loss",
-    "Sample": "oat_dist.data.samples",
+    "Sample": "oat_dist.data.packing.samples",
     "anchor_targets": "oat_dist.anchor",
     "batch_anchor": "oat_dist.anchor",
     "invert": "oat_dist.anchor",

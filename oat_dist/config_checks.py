@@ -10,8 +10,8 @@ from oat_dist.anchor import CENTERS, default_floor
 from oat_dist.config_keys import Config
 from oat_dist.data.builder import ON_BAD
 from oat_dist.data.decoded_cache import DECODED_CACHES
+from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS, parse_augment
 from oat_dist.data.mixing import MAX_ALPHA, MIXES
-from oat_dist.data.pipeline import EVAL_CROPS, TRAIN_CROPS, parse_augment
 from oat_dist.engine.launcher import ENGINES, PRECISIONS
 from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS

@@ -7,9 +7,9 @@ from typing import Any
 
 from oat_dist.anchor import CENTERS
 from oat_dist.data.decoded_cache import DECODED_CACHES
+from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS
+from oat_dist.data.images.transforms import AUGMENTATIONS
 from oat_dist.data.mixing import MIXES
-from oat_dist.data.pipeline import EVAL_CROPS, TRAIN_CROPS
-from oat_dist.data.transforms import AUGMENTATIONS
 from oat_dist.engine.launcher import ENGINES
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES

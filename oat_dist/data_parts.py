@@ -15,15 +15,15 @@ from oat_dist.config_checks import check_floor
 from oat_dist.config_keys import Config, DataConfig
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.decoded_cache import DecodedCache, open_decoded_cache
+from oat_dist.data.images.pipeline import ImagePipeline, parse_augment
+from oat_dist.data.images.transforms import Normalise
 from oat_dist.data.index import ShardSet, open_split
 from oat_dist.data.loader import TrainLoader
 from oat_dist.data.mixing import Mixing, blend
-from oat_dist.data.pipeline import ImagePipeline, parse_augment
 from oat_dist.data.plan import Layout
-from oat_dist.data.remote import is_url, join_location, local_path
-from oat_dist.data.shard_cache import default_cache_dir
+from oat_dist.data.remote.fetch import is_url, join_location, local_path
+from oat_dist.data.remote.shard_cache import default_cache_dir
 from oat_dist.data.stream import StreamBuilder, StreamLoader, StreamSet
-from oat_dist.data.transforms import Normalise
 from oat_dist.data.windows import ShardWindows
 from oat_dist.distributed import World
 from oat_dist.errors import ConfigError, DataError

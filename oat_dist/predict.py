@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from oat_dist.anchor import invert
 from oat_dist.checkpoint import Checkpoint, find_checkpoint
-from oat_dist.data.decode import ImageError, decode_rgb
-from oat_dist.data.pipeline import ImagePipeline
-from oat_dist.data.transforms import Normalise
+from oat_dist.data.images.decode import ImageError, decode_rgb
+from oat_dist.data.images.pipeline import ImagePipeline
+from oat_dist.data.images.transforms import Normalise
 from oat_dist.errors import CheckpointError, DataError
 from oat_dist.models import build_model
 from oat_dist.objectives import oat_scores

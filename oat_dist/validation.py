@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.decoded_cache import DecodedCache
+from oat_dist.data.images.pipeline import ImagePipeline
+from oat_dist.data.images.transforms import Normalise
 from oat_dist.data.index import ShardSet
 from oat_dist.data.loader import evaluation_batches
-from oat_dist.data.pipeline import ImagePipeline
-from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
 from oat_dist.evaluate import Evaluation, collect, judge
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from oat_dist.data.index import ShardSet
 from oat_dist.data.packing import write_shards, write_splits
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources import SOURCES
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird")

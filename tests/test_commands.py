@@ -17,7 +17,7 @@ from test_evaluate import evaluate_run
 from oat_dist import cli
 from oat_dist.commands import evaluate, predict
 from oat_dist.data.packing import write_shards
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 
 __all__ = ["tiny_run"]
 

@@ -38,8 +38,8 @@ def test_a_remote_set_larger_than_the_cache_needs_windows(tmp_path: Path) -> Non
         with pytest.raises(ConfigError) as caught:
             data_of(tmp_path, server.url, *cache)
         assert str(caught.value) == (
-            f"{server.url}/train has 0.000123 GB, more than data.cache_gb=5e-05 holds: shards would be fetched again for "
-            "every batch; use data.shuffle_shards=1, or a larger data.cache_gb"
+            f"{server.url}/train has 0.000123 GB, more than data.cache_gb=5e-05 holds: shards would be fetched again "
+            "for every batch; use data.shuffle_shards=1, or a larger data.cache_gb"
         )
         data = data_of(tmp_path, server.url, *cache, "data.shuffle_shards=1")
         assert isinstance(data.loader, TrainLoader) and data.loader.shard_windows is not None

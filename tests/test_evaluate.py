@@ -13,10 +13,10 @@ from torch import Tensor
 from oat_dist.batch import Batch
 from oat_dist.checkpoint import find_checkpoint
 from oat_dist.data.builder import BatchBuilder
+from oat_dist.data.images.pipeline import ImagePipeline
+from oat_dist.data.images.transforms import Normalise
 from oat_dist.data.loader import evaluation_batches
-from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.data.plan import EpochOrder
-from oat_dist.data.transforms import Normalise
 from oat_dist.distributed import World
 from oat_dist.errors import DataError
 from oat_dist.evaluate import PROTOCOLS, TIE, Evaluation, Outputs, collect, judge

@@ -16,7 +16,7 @@ from PIL import Image
 from test_evaluate import evaluate_run
 
 from oat_dist import OATClassifier
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
 from oat_dist.errors import CheckpointError, DataError
 from oat_dist.predict import project_to_simplex
 

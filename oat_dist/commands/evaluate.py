@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oat_dist.checkpoint import Checkpoint, find_checkpoint
-from oat_dist.data.transforms import Normalise
+from oat_dist.data.images.transforms import Normalise
 from oat_dist.data_parts import open_location
 from oat_dist.distributed import World
 from oat_dist.engine import start_engine

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from oat_dist.commands.arguments import positive
 from oat_dist.commands.pack import format_bytes
-from oat_dist.data.foreign import Indexed, index_shards
-from oat_dist.data.foreign_parts import count_words
-from oat_dist.data.labels import read_classes
-from oat_dist.data.sample_rules import Rules
+from oat_dist.data.foreign.labels import read_classes
+from oat_dist.data.foreign.parts import count_words
+from oat_dist.data.foreign.rules import Rules
+from oat_dist.data.foreign.write_index import Indexed, index_shards
 from oat_dist.errors import run_command
 
 __all__ = ["DESCRIPTION", "add_arguments", "main", "run"]

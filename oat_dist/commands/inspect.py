@@ -9,9 +9,9 @@ from pathlib import Path
 
 from oat_dist.commands.arguments import positive
 from oat_dist.data.index import ShardSet, open_split
-from oat_dist.data.inspection import choose_samples, describe, read_images
-from oat_dist.data.remote import shown
-from oat_dist.data.split_list import find_splits, split_name
+from oat_dist.data.integrity.inspection import choose_samples, describe, read_images
+from oat_dist.data.integrity.split_list import find_splits, split_name
+from oat_dist.data.remote.fetch import shown
 from oat_dist.errors import DataError, run_command
 from oat_dist.files import write_atomic
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         for line in describe(shards):
             print(line)
         if charts:
-            from oat_dist.data.pictures import balance_png
+            from oat_dist.data.integrity.pictures import balance_png
 
             title = f"{shards.manifest.split}: {shards.num_samples:,} images of {len(shards.classes):,} classes"
             _write(charts[number], balance_png(title, shards.classes, shards.manifest.class_counts))
@@ -122,7 +122,7 @@ def _refuse_replacing(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def _draw_sheet(shards: ShardSet, path: Path, samples: int, seed: int) -> None:
-    from oat_dist.data.pictures import sheet_png
+    from oat_dist.data.integrity.pictures import sheet_png
 
     choice = choose_samples(shards, samples, seed)
     images, kinds = read_images(shards, choice.ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from oat_dist.data.index import ShardSet
 from oat_dist.data.packing import preview_splits, write_splits
-from oat_dist.data.recode import Recode
+from oat_dist.data.packing.recode import Recode
 from oat_dist.data.sources import PackPlan, add_source_arguments, plan_source
 from oat_dist.errors import DataError, run_command
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from oat_dist.commands.arguments import positive
 from oat_dist.commands.pack import format_bytes
-from oat_dist.data.leakage import Overlap
-from oat_dist.data.remote import is_url, shown
-from oat_dist.data.verify import SplitReport, verify_output
+from oat_dist.data.integrity.leakage import Overlap
+from oat_dist.data.integrity.verify import SplitReport, verify_output
+from oat_dist.data.remote.fetch import is_url, shown
 from oat_dist.errors import run_command
 
 __all__ = ["DESCRIPTION", "add_arguments", "main", "run"]

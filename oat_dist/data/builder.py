@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from oat_dist.batch import Batch
-from oat_dist.data.decode import ImageError, decode_rgb
 from oat_dist.data.decoded_cache import DecodedCache
+from oat_dist.data.images.decode import ImageError, decode_rgb
+from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.index import ShardSet
-from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.data.storage import ShardReader
 from oat_dist.errors import DataError
 

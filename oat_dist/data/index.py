@@ -26,8 +26,8 @@ from safetensors.numpy import save
 
 from oat_dist.data.manifest import Manifest, ShardInfo
 from oat_dist.data.mapped import Buffer, MalformedError, columns_of, map_file
-from oat_dist.data.remote import NotThereError, fetch_bytes, is_url, join_location, local_path, shown
-from oat_dist.data.shard_cache import RemoteFile, ShardCache
+from oat_dist.data.remote.fetch import NotThereError, fetch_bytes, is_url, join_location, local_path, shown
+from oat_dist.data.remote.shard_cache import RemoteFile, ShardCache
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes
 

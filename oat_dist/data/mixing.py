@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from oat_dist.batch import Mix
-from oat_dist.data.draws import MIXING
 from oat_dist.data.hashing import keyed_hash
+from oat_dist.data.images.draws import MIXING
 
 __all__ = ["MAX_ALPHA", "MIXES", "Mixing", "blend"]
 

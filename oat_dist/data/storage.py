@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from oat_dist.data.index import ShardSet
-from oat_dist.data.remote import StoppedError, shown
-from oat_dist.data.shard_cache import RemoteFile
+from oat_dist.data.remote.fetch import StoppedError, shown
+from oat_dist.data.remote.shard_cache import RemoteFile
 from oat_dist.errors import DataError
 
 __all__ = ["ShardReader"]

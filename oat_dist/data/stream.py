@@ -24,10 +24,10 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
 from oat_dist.batch import Batch, Window
-from oat_dist.data.decode import ImageError
-from oat_dist.data.draws import STREAM
 from oat_dist.data.hashing import keyed_hash_int
-from oat_dist.data.pipeline import ImagePipeline
+from oat_dist.data.images.decode import ImageError
+from oat_dist.data.images.draws import STREAM
+from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.plan import Layout
 from oat_dist.errors import DataError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 
 
 def image(kind: str = "JPEG", *, seed: int = 0, size: tuple[int, int] = (12, 8), **options: object) -> bytes:

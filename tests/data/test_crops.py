@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from oat_dist.data.crops import aligned_boxes, center_boxes, random_resized_boxes
-from oat_dist.data.resize import reduction
+from oat_dist.data.images.crops import aligned_boxes, center_boxes, random_resized_boxes
+from oat_dist.data.images.resize import reduction
 from oat_dist.errors import DataError
 
 modest = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from oat_dist.data.decode import ImageError, decode_rgb, jpeg_size
+from oat_dist.data.images.decode import ImageError, decode_rgb, jpeg_size
 
 modest = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

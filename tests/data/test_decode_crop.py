@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from oat_dist.data.crops import aligned_boxes, random_resized_boxes
-from oat_dist.data.decode import ImageError, decode_crop, decode_rgb
-from oat_dist.data.opencv import cv2
-from oat_dist.data.resize import reduction, resize_crop, squash
+from oat_dist.data.images.crops import aligned_boxes, random_resized_boxes
+from oat_dist.data.images.decode import ImageError, decode_crop, decode_rgb
+from oat_dist.data.images.opencv import cv2
+from oat_dist.data.images.resize import reduction, resize_crop, squash
 
 modest = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 

@@ -16,8 +16,8 @@ import torch
 
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.decoded_cache import DecodedCache, open_decoded_cache
+from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.index import ShardSet
-from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.errors import ConfigError
 
 SIZE = 16

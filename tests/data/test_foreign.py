@@ -15,13 +15,13 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from oat_dist import cli
 from oat_dist.commands import index as command
-from oat_dist.data import shard_scan
-from oat_dist.data.foreign import index_shards
+from oat_dist.data.foreign.rules import Rules
+from oat_dist.data.foreign.write_index import index_shards
 from oat_dist.data.index import ShardSet, open_split
+from oat_dist.data.integrity.verify import verify_output
 from oat_dist.data.packing import write_shards
-from oat_dist.data.sample_rules import Rules
 from oat_dist.data.storage import ShardReader
-from oat_dist.data.verify import verify_output
+from oat_dist.data.tars import shard_scan
 from oat_dist.errors import ConfigError, DataError, OatError
 from oat_dist.files import folder_lock
 
@@ -102,7 +102,7 @@ def test_the_index_does_not_depend_on_workers(written: tuple[Path, list[bytes]],
     for workers in (1, 3):
         # In a process of its own, which forks: here other tests have threads and torch.
         call = f"index_shards([{str(written[0])!r}], 'o{workers}', workers={workers})"
-        code = f"from oat_dist.data.foreign import index_shards\n{call}"
+        code = f"from oat_dist.data.foreign.write_index import index_shards\n{call}"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
         results.add(
             tuple((tmp_path / f"o{workers}/train/{n}").read_bytes() for n in ("index.safetensors", "manifest.json"))

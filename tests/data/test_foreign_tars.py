@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from foreign_tars import picture, write_tar
 
-from oat_dist.data.foreign import index_shards
+from oat_dist.data.foreign.write_index import index_shards
 from oat_dist.data.storage import ShardReader
-from oat_dist.data.tarstream import TarStream
+from oat_dist.data.tars.tarstream import TarStream
 from oat_dist.errors import DataError
 
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

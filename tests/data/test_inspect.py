@@ -14,12 +14,12 @@ from shard_server import ShardServer
 from oat_dist import cli
 from oat_dist.commands import inspect
 from oat_dist.data.columns import count_values, low_median_high
-from oat_dist.data.foreign import index_shards
+from oat_dist.data.foreign.write_index import index_shards
 from oat_dist.data.index import open_split
-from oat_dist.data.inspection import choose_samples, format_counts
+from oat_dist.data.integrity.inspection import choose_samples, format_counts
+from oat_dist.data.integrity.pictures import balance_png, sheet_png
 from oat_dist.data.packing import write_splits
-from oat_dist.data.pictures import balance_png, sheet_png
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 
 Capture = pytest.CaptureFixture[str]
 

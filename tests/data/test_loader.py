@@ -19,13 +19,13 @@ from PIL import Image
 
 from oat_dist.batch import Batch, Window
 from oat_dist.data.builder import BatchBuilder
+from oat_dist.data.images.pipeline import ImagePipeline, parse_augment
+from oat_dist.data.images.transforms import flips, squash
 from oat_dist.data.index import ShardSet, open_split
 from oat_dist.data.loader import TrainLoader, evaluation_batches
-from oat_dist.data.pipeline import ImagePipeline, parse_augment
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.plan import EpochOrder, Layout, fingerprint
-from oat_dist.data.samples import Sample
 from oat_dist.data.storage import ShardReader
-from oat_dist.data.transforms import flips, squash
 from oat_dist.errors import DataError
 
 PhotoMaker = Callable[..., ShardSet]
@@ -334,7 +334,7 @@ import os, sys
 from oat_dist.data.index import open_split
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.loader import TrainLoader
-from oat_dist.data.pipeline import ImagePipeline
+from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.plan import Layout
 from oat_dist.errors import run_command
 

@@ -10,10 +10,10 @@ import pytest
 from packing_checks import contents, image, some_samples
 from PIL import Image
 
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
 from oat_dist.data.index import ShardSet
 from oat_dist.data.packing import write_shards
-from oat_dist.data.recode import Recode
+from oat_dist.data.packing.recode import Recode
 from oat_dist.errors import DataError
 
 

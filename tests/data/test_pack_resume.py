@@ -27,7 +27,7 @@ from packing_checks import (
 
 from oat_dist.data.index import open_split
 from oat_dist.data.packing import write_shards, write_splits
-from oat_dist.data.samples import Sample, seeded_order
+from oat_dist.data.packing.samples import Sample, seeded_order
 from oat_dist.data.sources import SOURCES
 from oat_dist.errors import DataError, OatError
 

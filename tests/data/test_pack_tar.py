@@ -12,8 +12,8 @@ import webdataset
 from packing_checks import image, some_samples
 
 from oat_dist.data.packing import write_shards
-from oat_dist.data.samples import Sample
-from oat_dist.data.tarwriter import SampleTar, tar_capacity, tar_record_size, tar_size
+from oat_dist.data.packing.samples import Sample
+from oat_dist.data.packing.tarwriter import SampleTar, tar_capacity, tar_record_size, tar_size
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_file
 

@@ -19,7 +19,7 @@ from packing_checks import contents, image, some_samples, visible
 from PIL import Image
 
 from oat_dist.data.packing import write_shards, write_splits
-from oat_dist.data.samples import Sample, seeded_order
+from oat_dist.data.packing.samples import Sample, seeded_order
 from oat_dist.errors import DataError, OatError
 
 

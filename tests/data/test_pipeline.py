@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from oat_dist.data.batchwise import pad_crop_images, pad_crop_offsets
-from oat_dist.data.crops import aligned_boxes, random_resized_boxes
-from oat_dist.data.decode import ImageError, decode_crop, decode_rgb
-from oat_dist.data.pipeline import EVAL_CROPS, TRAIN_CROPS, ImagePipeline, parse_augment
-from oat_dist.data.policies import randaugment
-from oat_dist.data.resize import resize_crop
-from oat_dist.data.transforms import AUGMENTATIONS, flips, squash
+from oat_dist.data.images.batchwise import pad_crop_images, pad_crop_offsets
+from oat_dist.data.images.crops import aligned_boxes, random_resized_boxes
+from oat_dist.data.images.decode import ImageError, decode_crop, decode_rgb
+from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS, ImagePipeline, parse_augment
+from oat_dist.data.images.policies import randaugment
+from oat_dist.data.images.resize import resize_crop
+from oat_dist.data.images.transforms import AUGMENTATIONS, flips, squash
 from oat_dist.errors import ConfigError
 
 

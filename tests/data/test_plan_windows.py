@@ -15,7 +15,7 @@ from oat_dist.data import windows as windows_module
 from oat_dist.data.hashing import keyed_hash_int
 from oat_dist.data.index import Index, Manifest, ShardInfo, ShardSet
 from oat_dist.data.plan import EpochOrder, Layout, ShardWindows
-from oat_dist.data.shard_cache import ShardCache
+from oat_dist.data.remote.shard_cache import ShardCache
 from oat_dist.errors import ConfigError, DataError
 
 modest = settings(max_examples=40, deadline=None, derandomize=True, database=None)

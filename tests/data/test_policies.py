@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandAugment, TrivialAugmentWide
 
-from oat_dist.data.draws import RANDAUGMENT, TRIVIALAUGMENT, uniforms
-from oat_dist.data.policies import BINS, OPERATIONS, apply_operation, magnitudes, randaugment, trivialaugment
+from oat_dist.data.images.draws import RANDAUGMENT, TRIVIALAUGMENT, uniforms
+from oat_dist.data.images.policies import BINS, OPERATIONS, apply_operation, magnitudes, randaugment, trivialaugment
 
 THEIRS = {False: RandAugment(), True: TrivialAugmentWide()}
 

@@ -28,9 +28,10 @@ from shard_server import (
     write_split,
 )
 
-from oat_dist.data import remote, storage
+from oat_dist.data import storage
 from oat_dist.data.index import ShardSet, open_split
-from oat_dist.data.remote import is_url, join_location, shown
+from oat_dist.data.remote import fetch as remote
+from oat_dist.data.remote.fetch import is_url, join_location, shown
 from oat_dist.data.storage import ShardReader
 from oat_dist.errors import DataError
 

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from shard_server import ShardServer, good, in_turn, slow, write_split
 
-from oat_dist.data import remote, shard_cache
 from oat_dist.data.index import ShardSet, open_split
-from oat_dist.data.shard_cache import RemoteFile, ShardCache, default_cache_dir
+from oat_dist.data.remote import fetch as remote
+from oat_dist.data.remote import shard_cache
+from oat_dist.data.remote.shard_cache import RemoteFile, ShardCache, default_cache_dir
 from oat_dist.data.storage import ShardReader
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
 from oat_dist.data.packing import write_splits
 from oat_dist.data.sources import SOURCES, PackPlan
 from oat_dist.data.sources.plain_pickle import read_plain_pickle

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
 from oat_dist.data.packing import write_splits
 from oat_dist.data.sources import SOURCES, PackPlan, add_source_arguments, plan_source
 from oat_dist.errors import DataError

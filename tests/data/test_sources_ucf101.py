@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fixtures_video import number_shown, write_video
 
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
 from oat_dist.data.index import ShardSet
 from oat_dist.data.packing import write_splits
 from oat_dist.data.sources import SOURCES, PackPlan

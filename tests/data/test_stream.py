@@ -14,9 +14,9 @@ import pytest
 import torch
 import webdataset
 
-from oat_dist.data.decode import decode_rgb
+from oat_dist.data.images.decode import decode_rgb
+from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.index import ShardSet
-from oat_dist.data.pipeline import ImagePipeline
 from oat_dist.data.plan import Layout
 from oat_dist.data.storage import ShardReader
 from oat_dist.data.stream import StreamBuilder, StreamLoader, StreamSet

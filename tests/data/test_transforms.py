@@ -9,10 +9,10 @@ from PIL import Image
 from torchvision.transforms import Resize
 from torchvision.transforms.v2 import functional as reference
 
-from oat_dist.data.batchwise import flip_images, pad_crop_images, pad_crop_offsets
-from oat_dist.data.draws import FLIP, PAD_CROP, RANDAUGMENT, RANDOM_RESIZED_CROP, TRIVIALAUGMENT, uniforms
-from oat_dist.data.opencv import cv2
-from oat_dist.data.transforms import Normalise, flips, squash
+from oat_dist.data.images.batchwise import flip_images, pad_crop_images, pad_crop_offsets
+from oat_dist.data.images.draws import FLIP, PAD_CROP, RANDAUGMENT, RANDOM_RESIZED_CROP, TRIVIALAUGMENT, uniforms
+from oat_dist.data.images.opencv import cv2
+from oat_dist.data.images.transforms import Normalise, flips, squash
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 30), (300, 200), (64, 64), (1, 500), (63, 65)])

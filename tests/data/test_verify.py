@@ -14,9 +14,9 @@ from safetensors.numpy import load, save
 
 from oat_dist.commands import verify
 from oat_dist.data.index import open_split
+from oat_dist.data.integrity.verify import verify_output
 from oat_dist.data.packing import write_splits
-from oat_dist.data.samples import Sample
-from oat_dist.data.verify import verify_output
+from oat_dist.data.packing.samples import Sample
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes
 

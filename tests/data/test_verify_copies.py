@@ -16,13 +16,13 @@ from shard_server import ShardServer
 from test_verify import patch, png, problems, vouch_for
 
 from oat_dist.commands import verify
-from oat_dist.data.foreign import index_shards
+from oat_dist.data.foreign.rules import Rules
+from oat_dist.data.foreign.write_index import index_shards
 from oat_dist.data.index import open_split
-from oat_dist.data.leakage import Hashes, Overlap, between, within
+from oat_dist.data.integrity.leakage import Hashes, Overlap, between, within
+from oat_dist.data.integrity.verify import verify_output
 from oat_dist.data.packing import write_splits
-from oat_dist.data.sample_rules import Rules
-from oat_dist.data.samples import Sample
-from oat_dist.data.verify import verify_output
+from oat_dist.data.packing.samples import Sample
 from oat_dist.errors import DataError
 
 Capture = pytest.CaptureFixture[str]
@@ -138,7 +138,7 @@ def test_forked_processes_find_what_threads_find(leaky: Path) -> None:
     assert expected[1][1]
     code = (
         "from oat_dist.data.workers import can_fork\n"
-        "from oat_dist.data.verify import verify_output\nassert can_fork()\n"
+        "from oat_dist.data.integrity.verify import verify_output\nassert can_fork()\n"
         f"print([(r.name, r.problems, r.copies, r.leaks) for r in verify_output({str(leaky)!r}, workers=2)])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

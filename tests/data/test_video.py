@@ -15,8 +15,8 @@ from av.video.frame import PictureType
 from fixtures_video import HEIGHT, WIDTH, encoded, number_shown, numbered_frame, write_avi, write_video
 from PIL import Image
 
-from oat_dist.data.png import encode_png
-from oat_dist.data.video import middle_frame, middle_frame_png
+from oat_dist.data.images.png import encode_png
+from oat_dist.data.images.video import middle_frame, middle_frame_png
 from oat_dist.errors import DataError
 from oat_dist.files import sha256_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources.folders import IMAGES, input_folder, printable, visible_entries
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, chosen_splits, list_some, other_counts
 from oat_dist.errors import DataError

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from oat_dist.data.png import encode_png
-from oat_dist.data.samples import Sample
+from oat_dist.data.images.png import encode_png
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources.imagefolder import plan_imagefolder
 from oat_dist.data.sources.plain_pickle import read_plain_pickle
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, chosen_splits, list_some

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, deal_to_splits
 from oat_dist.errors import DataError
 

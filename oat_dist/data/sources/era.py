@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from oat_dist.data.images.video import require_video_decoder
 from oat_dist.data.sources.folders import VIDEOS, plan_folders
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, other_counts
-from oat_dist.data.video import require_video_decoder
 
 __all__ = ["HELP", "plan_era"]
 
@@ -17,7 +17,7 @@ the middle frame of each video is packed, as PNG (needs: pip install 'oat_dist[v
 
 
 def plan_era(input: str, *, splits: SplitRequest, seed: int) -> PackPlan:
-    """Videos by class and split; their middle frames (`oat_dist.data.video`) are read only when packed.
+    """Videos by class and split; their middle frames (`oat_dist.data.images.video`) are read only when packed.
 
     Raises:
         DataError: PyAV is missing, or the folder is not of this form (see `plan_folders`).

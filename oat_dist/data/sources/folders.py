@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from oat_dist.data.samples import Sample
+from oat_dist.data.images.video import middle_frame_png
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources.splits import (
     SPLIT_NAMES,
     PackPlan,
@@ -21,7 +22,6 @@ from oat_dist.data.sources.splits import (
     deal_to_splits,
     list_some,
 )
-from oat_dist.data.video import middle_frame_png
 from oat_dist.errors import DataError
 
 __all__ = ["IMAGES", "VIDEOS", "Kind", "input_folder", "plan_folders", "printable", "visible_entries"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from oat_dist.data.samples import Sample, seeded_order
+from oat_dist.data.packing.samples import Sample, seeded_order
 from oat_dist.errors import DataError
 
 __all__ = [

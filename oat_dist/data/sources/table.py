@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from oat_dist.data.samples import Sample
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources.splits import (
     SPLIT_NAMES,
     PackPlan,

@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from oat_dist.data.samples import Sample
+from oat_dist.data.images.video import middle_frame_png, require_video_decoder
+from oat_dist.data.packing.samples import Sample
 from oat_dist.data.sources.folders import input_folder
 from oat_dist.data.sources.splits import PackPlan, SplitRequest, chosen_splits, list_some
-from oat_dist.data.video import middle_frame_png, require_video_decoder
 from oat_dist.errors import DataError
 
 __all__ = ["HELP", "plan_ucf101"]

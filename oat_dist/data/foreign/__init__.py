@@ -1,0 +1,1 @@
+"""An index over tars that somebody else wrote."""

@@ -1,0 +1,1 @@
+"""Files behind URLs, and the local folder that keeps them."""
