@@ -17,6 +17,7 @@ dependency of ours; in a folder of their own:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,9 +52,10 @@ class Report:
     missing: dict[str, str] = field(default_factory=dict)
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def run(self, section: str, sides: list[Side]) -> dict[str, Timing]:
+    def run(self, section: str, sides: list[Side], *, times: int = 1) -> dict[str, Timing]:
+        """`times`: so many times the repeats, for a ratio near one."""
         try:
-            found = measure(sides, self.repeats, lambda text: say(f"{section}: {text}"))
+            found = measure(sides, times * self.repeats, lambda text: say(f"{section}: {text}"))
         finally:
             for side in sides:
                 side.close()
@@ -93,7 +96,7 @@ def report_reading(report: Report, images: ImageSet) -> None:
 
 def report_steps(report: Report, images: ImageSet) -> None:
     """Training from the second epoch, fed by us and from memory."""
-    timings = report.run(STEPS, step_sides(images))
+    timings = report.run(STEPS, step_sides(images), times=3)
     print(
         f"\nOAT steps of the lightweight net on {images.name}, flip and pad_crop, batches of {STEP_BATCH}, epoch 2 on"
     )
@@ -101,8 +104,17 @@ def report_steps(report: Report, images: ImageSet) -> None:
     for name, timing in timings.items():
         cpu, wall = statistics.median(timing.cpu), statistics.median(timing.wall)
         base = timings[IN_MEMORY]
-        fast, fast_wall = spread(ratios(base.cpu, timing.cpu), 3), spread(ratios(base.wall, timing.wall), 3)
+        fast, fast_wall = spread(ratios(base.cpu, timing.cpu)), spread(ratios(base.wall, timing.wall))
         print(f"  {name:<32}{cpu:>9.1f}{wall:>9.1f}   {fast:<24}{fast_wall}")
+
+
+def versions() -> str:
+    """Of what is compared, as far as it is installed."""
+    found = []
+    for name in ("webdataset", "torchvision", "pillow", "simplejpeg", "mosaicml-streaming", "nvidia-dali-cuda120"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def say(text: str) -> None:

@@ -77,7 +77,12 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
-def spread(values: Iterable[float], digits: int = 2) -> str:
-    """Median (smallest to largest)."""
+def spread(values: Iterable[float]) -> str:
+    """Median (smallest-largest), to three digits or so."""
     values = list(values)
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    return f"{_short(statistics.median(values))} ({_short(min(values))}-{_short(max(values))})"
+
+
+def _short(value: float) -> str:
+    digits = next(digits for digits, least in enumerate((100, 10, 1, 0)) if value >= least)
+    return f"{value:,.{digits}f}"

@@ -60,16 +60,18 @@ class BatchBuilder:
         """Read, decode and place the samples of one micro-batch, in order, as they are in this epoch."""
         images_BHWC = self._buffer(len(ids_B))
         view_BHWC = images_BHWC.numpy()
-        valid_B = self._fill(view_BHWC, ids_B, epoch)
-        if not valid_B.all():
+        bad, valid_B = self._fill(view_BHWC, ids_B, epoch), None
+        if bad:
+            valid_B = np.ones(len(ids_B), dtype=bool)
+            valid_B[bad] = False
             # BatchNorm sees every slot: a copy of a good neighbour does it less harm than grey.
-            view_BHWC[~valid_B] = view_BHWC[valid_B][0] if valid_B.any() else 0
+            view_BHWC[bad] = view_BHWC[valid_B.argmax()] if valid_B.any() else 0
         self.pipeline.finish(view_BHWC, ids_B, epoch)
         return Batch(
             images_BHWC,
             torch.from_numpy(self._labels(ids_B)),
             torch.from_numpy(ids_B.astype(np.int64)),
-            None if valid_B.all() else torch.from_numpy(valid_B),
+            None if valid_B is None else torch.from_numpy(valid_B),
         )
 
     def stand_in(self) -> Batch:
@@ -98,27 +100,29 @@ class BatchBuilder:
         weakref.finalize(view_BHWC, self._unused.append, block_BHWC).atexit = False
         return torch.from_numpy(view_BHWC)
 
-    def _fill(self, view_BHWC: np.ndarray, ids_B: np.ndarray, epoch: int) -> np.ndarray:
-        """Write every image into its slot; which ones could be decoded, (B,) bool."""
-        valid_B = np.ones(len(ids_B), dtype=bool)
+    def _fill(self, view_BHWC: np.ndarray, ids_B: np.ndarray, epoch: int) -> list[int]:
+        """Write every image into its slot; the slots of those that could not be decoded."""
+        slots = list(range(len(ids_B)))
+        bad: list[int] = []
         final = self.decoded if self.decoded is not None and self.decoded.final else None
-        missing_B = np.ones(len(ids_B), dtype=bool) if final is None else ~final.take(ids_B, view_BHWC)
-        if not missing_B.any():
-            return valid_B
+        if final is not None:
+            slots = np.flatnonzero(~final.take(ids_B, view_BHWC)).tolist()
+            if not slots:
+                return bad
         index = self.shards.index
         boxes_B4 = self.pipeline.boxes(ids_B, index.width[ids_B], index.height[ids_B], epoch)
         boxes = [None] * len(ids_B) if boxes_B4 is None else boxes_B4.tolist()
-        for slot in np.flatnonzero(missing_B).tolist():
+        for slot in slots:
             sample_id = int(ids_B[slot])
             try:
                 self._place(sample_id, boxes[slot], view_BHWC[slot])
             except ImageError as error:
                 self._refuse_or_record(sample_id, str(error))
-                valid_B[slot] = False
+                bad.append(slot)
                 continue
             if final is not None:
                 final.put(sample_id, view_BHWC[slot])
-        return valid_B
+        return bad
 
     def _place(self, sample_id: int, box: list[int] | None, slot_SSC: np.ndarray) -> None:
         """Write one image (S, S, 3) into its slot, before augmentation."""
@@ -133,7 +137,8 @@ class BatchBuilder:
 
     def _labels(self, ids_B: np.ndarray) -> np.ndarray:
         labels_B = self.shards.index.label[ids_B].astype(np.int64)
-        wrong_B = (labels_B < 0) | (labels_B >= len(self.shards.classes))  # a mapped index is not checked when opened
+        # A mapped index is not checked when it is opened. Below zero is, without a sign, beyond every class.
+        wrong_B = labels_B.view(np.uint64) >= len(self.shards.classes)
         if wrong_B.any():
             slot = int(np.flatnonzero(wrong_B)[0])
             raise DataError(
