@@ -46,7 +46,7 @@ def loader(
         batch: instead of the set's own.
     """
     steps, shards = pipeline(images), shards or images.shards
-    cache = open_decoded_cache("ram", shards, images.size if steps.deterministic else None) if decoded else None
+    cache = open_decoded_cache("ram", shards, steps) if decoded else None
     layout = Layout(batch or images.batch, 1, drop_last=True)
     return TrainLoader(BatchBuilder(shards, steps, decoded=cache), layout, 0, 0, workers=1, prefetch=2)
 

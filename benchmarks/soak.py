@@ -35,7 +35,7 @@ def soak(shards: ShardSet, kind: str, epochs: int, size: int = 32, batch: int = 
     cache, crop, augment = KINDS[kind]
     pipeline = ImagePipeline(size, crop, parse_augment(augment))
     with tempfile.TemporaryDirectory() as folder:
-        decoded = open_decoded_cache(cache, shards, size if pipeline.deterministic else None, Path(folder))
+        decoded = open_decoded_cache(cache, shards, pipeline, Path(folder))
         builder = BatchBuilder(shards, pipeline, decoded=decoded)
         loader = TrainLoader(builder, Layout(batch, 1), 0, seed=0)
         half, resident = max(epochs // 2, 1), [0, 0]
@@ -44,8 +44,6 @@ def soak(shards: ShardSet, kind: str, epochs: int, size: int = 32, batch: int = 
                 resident[0] = _resident()
         resident[1] = _resident()
         builder.close()
-        if decoded is not None:
-            decoded.close()
     return resident[0], resident[1]
 
 

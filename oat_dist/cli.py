@@ -36,15 +36,20 @@ oat-dist COMMAND --help explains a command.
 """
 
 
+def _run(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(_COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"oat-dist {name}")
+    module.add_arguments(parser)
+    parsed = parser.parse_intermixed_args(arguments)  # options may stand between CONFIG and key=value
+    return int(module.run(parsed))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in _COMMANDS:
-        name = arguments[0]
-        module = importlib.import_module(_COMMANDS[name][0])
-        parser = argparse.ArgumentParser(prog=f"oat-dist {name}")
-        module.add_arguments(parser)
-        parsed = parser.parse_intermixed_args(arguments[1:])  # options may stand between CONFIG and key=value
-        return run_command(lambda: module.run(parsed))
+        return run_command(
+            lambda: _run(arguments[0], arguments[1:])
+        )  # imports take seconds: Ctrl-C is heard in them too
     parser = argparse.ArgumentParser(
         prog="oat-dist",
         description="Exact distributed Online Anchor-based Training of image classifiers.",

@@ -11,7 +11,7 @@ from oat_dist.config_keys import Config
 from oat_dist.data.builder import ON_BAD
 from oat_dist.data.decoded_cache import DECODED_CACHES
 from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS, parse_augment
-from oat_dist.data.mixing import MAX_ALPHA, MIXES
+from oat_dist.data.mixing import MAX_ALPHA, MIN_ALPHA, MIXES
 from oat_dist.engine.launcher import ENGINES, PRECISIONS
 from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS
@@ -125,8 +125,8 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"data.{name} is two numbers above 0{limit}, the smaller first, not {list(pair)}")
     if not 0 < data.crop_fraction <= 1:
         raise ConfigError(f"data.crop_fraction must be above 0 and at most 1, not {data.crop_fraction}")
-    if not 0 < data.mix_alpha <= MAX_ALPHA:
-        raise ConfigError(f"data.mix_alpha must be above 0 and at most {MAX_ALPHA:g}, not {data.mix_alpha}")
+    if not MIN_ALPHA <= data.mix_alpha <= MAX_ALPHA:
+        raise ConfigError(f"data.mix_alpha must be from {MIN_ALPHA:g} to {MAX_ALPHA:g}, not {data.mix_alpha}")
     if data.cache_gb is not None and not 0 < data.cache_gb < math.inf:
         raise ConfigError(f"data.cache_gb must be a positive number, not {data.cache_gb}; null: no limit")
     if data.mix != "none":

@@ -70,11 +70,13 @@ class DataConfig:
     max_bad: int = _key(100, "with on_bad=skip: stop after this many different bad images on a rank")
     workers: int = _key(2, "decoding threads of each process")
     prefetch: int = _key(8, "micro-batches decoded ahead of need")
-    decoded_cache: str = _key("none", f"keep decoded images after their first epoch: {', '.join(DECODED_CACHES)}")
+    decoded_cache: str = _key(
+        "none", f"{', '.join(DECODED_CACHES)}: keep decoded images in each process, or in cache_dir"
+    )
     cache_dir: str | None = _key(
         None, "of decoded_cache=disk and remote shards; null: $OAT_DIST_CACHE, ~/.cache/oat_dist"
     )
-    cache_gb: float | None = _key(None, "limit of the remote shards kept in cache_dir, in GB; null: none")
+    cache_gb: float | None = _key(None, "limit of remote shards (not of decoded images) in cache_dir; null: none")
     shuffle_shards: int | None = _key(None, "shuffle within windows of so many shards; null: the whole set at once")
     stream: StreamConfig = field(default_factory=StreamConfig)
 

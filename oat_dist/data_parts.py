@@ -52,12 +52,16 @@ class DataParts:
         images_BCHW = self.normalise(batch.images_BHWC)
         return images_BCHW if batch.mix is None else blend(images_BCHW, batch.mix)
 
-    def close(self) -> None:
-        """Let go of open shards, and of what is kept of them."""
-        self.builder.close()
+    def keep_decoded(self) -> None:
+        """Mark caches of decoded images that are complete by now."""
         for cache in (getattr(self.builder, "decoded", None), self.eval_decoded):
             if cache is not None:
-                cache.close()
+                cache.keep()
+
+    def close(self) -> None:
+        """Let go of open shards."""
+        self.keep_decoded()
+        self.builder.close()
 
 
 def build_data(config: Config, world: World) -> DataParts:
@@ -89,6 +93,7 @@ def build_data(config: Config, world: World) -> DataParts:
     bad: dict[str, Any] = {"on_bad": data.on_bad, "max_bad": data.max_bad, "pin_memory": world.device.type == "cuda"}
     loader: TrainLoader | StreamLoader
     eval_decoded = None if eval_set is None else world.together(_decoded, data, eval_set, eval_pipeline)
+    reserved = 0 if eval_decoded is None else eval_decoded.nbytes
     if isinstance(train_set, StreamSet):
         notes.append("note: data.mode=stream draws samples at random: no exact epochs, and no exact resume")
         loader = StreamLoader(
@@ -104,7 +109,7 @@ def build_data(config: Config, world: World) -> DataParts:
     else:
         windows = None
         if data.shuffle_shards is None:
-            _refuse_beyond_cache(train_set)
+            _refuse_beyond_cache(train_set, eval_set)
         else:
             windows = world.together(ShardWindows, train_set, data.shuffle_shards)
             notes += windows.notes(config.seed)
@@ -113,8 +118,9 @@ def build_data(config: Config, world: World) -> DataParts:
             mixing = Mixing(data.mix, data.mix_alpha, config.seed)
             if config.pretrain_epochs < config.epochs:
                 notes.append(f"note: data.mix={data.mix} in the {config.pretrain_epochs} cross-entropy epochs only")
+        train_decoded = world.together(_decoded, data, train_set, pipeline, reserved)
         loader = TrainLoader(
-            BatchBuilder(train_set, pipeline, decoded=world.together(_decoded, data, train_set, pipeline), **bad),
+            BatchBuilder(train_set, pipeline, decoded=train_decoded, **bad),
             layout,
             world.rank,
             config.seed,
@@ -171,21 +177,21 @@ def _unit(config: Config) -> int:
     return group if config.data.mix == "none" else math.lcm(group, 2)
 
 
-def _refuse_beyond_cache(shards: ShardSet) -> None:
-    """The whole set is shuffled at once, so every batch needs nearly every shard."""
+def _refuse_beyond_cache(shards: ShardSet, eval_set: ShardSet | None) -> None:
+    """The whole set is shuffled at once, so every batch needs nearly every shard; evaluation needs its own besides."""
     sizes, limit = [shard.size for shard in shards.remote_shards()], shards.cache.limit
-    if limit is not None and sum(sizes) > limit:
+    others = [] if eval_set is None else [shard.size for shard in eval_set.remote_shards()]
+    if sizes and limit is not None and sum(sizes + others) > limit:
         # a window, and the next one on its way
-        fitting = max(int(limit / (2 * max(sizes))), 1)
+        fitting = max(int((limit - sum(others)) / (2 * max(sizes))), 1)
+        also = f", and {eval_set.manifest.split} {sum(others) / 1e9:.3g} GB" if eval_set is not None else ""
         raise ConfigError(
-            f"{shards.where} has {sum(sizes) / 1e9:.3g} GB, more than data.cache_gb={limit / 1e9:g} holds: shards "
-            f"would be fetched again for every batch; use data.shuffle_shards={fitting}, or a larger data.cache_gb"
+            f"{shards.where} has {sum(sizes) / 1e9:.3g} GB{also}, more than data.cache_gb={limit / 1e9:g} holds: "
+            "shards would be fetched again for every batch; use "
+            f"data.shuffle_shards={fitting}, or a larger data.cache_gb"
         )
 
 
-def _decoded(data: DataConfig, shards: ShardSet, pipeline: ImagePipeline) -> DecodedCache | None:
-    folder = default_cache_dir(data.cache_dir) / "decoded"
-    fixed = data.image_size if pipeline.deterministic else None
-    return open_decoded_cache(
-        data.decoded_cache, shards, fixed, folder, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    )
+def _decoded(data: DataConfig, shards: ShardSet, pipeline: ImagePipeline, reserved: int = 0) -> DecodedCache | None:
+    folder, processes = default_cache_dir(data.cache_dir) / "decoded", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return open_decoded_cache(data.decoded_cache, shards, pipeline, folder, processes, reserved)

@@ -166,8 +166,8 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def _pixels(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with what data.decoded_cache changes: nothing, but that crops are cut from whole images or not."""
-    changes = values["data.crop"] != "squash" and values["data.decoded_cache"] != "none"
-    return values | {"data.decoded_cache": "used" if changes else "none"}
+    whole = values["data.crop"] == "random_resized_crop" and values["data.decoded_cache"] != "none"
+    return values | {"data.decoded_cache": "ram or disk (crops are then cut from whole images)" if whole else "none"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -271,6 +271,9 @@ class Trainer:
         self.state.check_finite(self.step, self.folder.path)
         shared = self.state.shared(self._facts(), model_card(self.config, self.classes, self.trained_with.name))
         self.store.save(self.step, shared, self.state.own(), best)
+        self.data.keep_decoded()
+        if self.config.data.on_bad == "skip":
+            self._note_bad()
         self.saved_time = time.monotonic()
 
     def _facts(self) -> dict[str, Any]:
@@ -285,6 +288,15 @@ class Trainer:
             **self.identity,
         }
 
+    def _note_bad(self) -> None:
+        """Write down the undecodable samples that the ranks have met since the last time."""
+        known = set(self.bad)
+        for found in self.world.gather_objects(dict(self.data.builder.bad)):
+            self.bad.update(found)
+        names = [self.data.train_set.describe(sample_id) for sample_id in sorted(set(self.bad) - known)]
+        if names:
+            self.folder.log(event="skipped", step=self.step, samples=names, time=time.time())
+
     def _finish(self) -> None:
         """Evaluate the last step if that has not happened (a finished run was started again); leave evaluation.json."""
         if self.data.eval_set is not None:
@@ -292,11 +304,7 @@ class Trainer:
                 self.evaluation = self.evaluate()
             if self.evaluation is not None:
                 self.folder.write_json("evaluation.json", {**self._facts(), **self.evaluation.summary(self.classes)})
-        for found in self.world.gather_objects(self.data.builder.bad):
-            self.bad.update(found)
-        if self.bad:
-            names = [self.data.train_set.describe(sample_id) for sample_id in sorted(self.bad)]
-            self.folder.log(event="skipped", step=self.step, samples=names, time=time.time())
+        self._note_bad()
         self.data.close()
         self.folder.log(event="finished", step=self.step, time=time.time())
 

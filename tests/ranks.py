@@ -99,7 +99,9 @@ class RankServer:
     def _ask(self, question: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(question), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, f"the server of ranks has ended with {self._process.wait()}; what it said stands above"
+        return json.loads(answer)
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -140,8 +142,9 @@ def run_ranks(world: int, target: str, *arguments: Any, timeout: float = 300) ->
             while None in codes.values():
                 look()
         if any(codes.values()):
+            overtime = f" (stopped after {timeout:g} s)" if time.monotonic() > deadline else ""
             said = "".join(path.read_text() for path in sorted(Path(folder).glob("stderr-*")))
-            raise AssertionError(f"{target} on {world} ranks ended with {list(codes.values())}:\n{said}")
+            raise AssertionError(f"{target} on {world} ranks ended with {list(codes.values())}{overtime}:\n{said}")
         return [json.loads(Path(folder, f"result-{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -152,16 +155,22 @@ def _run(target: str, arguments: str, folder: str) -> None:
 
 
 def _fork(environment: dict[str, str], target: str, arguments: str, folder: str) -> int:
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(writing)
+        os.read(reading, 1)  # it leads a session of its own by now, which can be killed as a whole
+        os.close(reading)
         return pid
     code = 1
     try:
         os.setsid()
+        os.close(writing)
+        os.close(reading)
         os.environ.clear()
         os.environ.update(environment)
         null = os.open(os.devnull, os.O_RDWR)
-        said = os.open(f"{folder}/stderr-{environment.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT)
+        said = os.open(f"{folder}/stderr-{environment.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT, 0o600)
         for number, descriptor in enumerate((null, null, said)):
             os.dup2(descriptor, number)
         _run(target, arguments, folder)

@@ -45,6 +45,11 @@ def test_a_remote_set_larger_than_the_cache_needs_windows(tmp_path: Path) -> Non
         assert isinstance(data.loader, TrainLoader) and data.loader.shard_windows is not None
         assert data.loader.shard_windows.num_windows == 4
         data_of(tmp_path, server.url, *cache[:1], *cache[2:])  # without a limit it is all fetched
+        # training and evaluation share the cache
+        write_split(tmp_path / "web" / "test", shards=1, samples=6, size=3000)
+        both = (*cache[:1], "data.cache_gb=13e-5", "batch_size=8")
+        with pytest.raises(ConfigError, match=r"has 0.000123 GB, and train 3.07e-05 GB, more than"):
+            data_of(tmp_path, server.url, *both)
 
 
 @pytest.mark.parametrize(("group", "unit"), [(4, 4), (5, 10), (32, 32)])

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from oat_dist.checkpoint import Checkpoint, find_checkpoint
@@ -92,11 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation | None, dict[str, object]]:
     checkpoint = world.together(chosen_checkpoint, arguments.run, arguments.checkpoint)
     run_folder = checkpoint.folder.parent.parent
-    grouping, cache_dir = {"seed": 0, "group_size": 32}, None
+    grouping, cache = {"seed": 0, "group_size": 32}, {}
     try:
         config = world.together(read_config, run_folder)
         arguments.data = arguments.data or config["data"]["path"]
-        cache_dir = config["data"].get("cache_dir")
+        cache = {key: config["data"].get(key) for key in ("cache_dir", "cache_gb")}
         arguments.split = arguments.split or config["data"]["eval_split"]
         grouping |= {key: config["eval"][key] for key in grouping if key in config.get("eval", {})}
     except OatError as error:  # a checkpoint on its own will do where the command line says what it lacks
@@ -110,7 +111,7 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation |
         raise OatError(f"{run_folder}: the run has no data.eval_split; name one with --split")
     network, card, stored_anchor_C = load_network(checkpoint)
     _check_protocols(arguments.protocol, PROTOCOLS if card["objective"] == "oat" else ("argmax",))
-    shards = world.together(open_location, arguments.data, arguments.split, cache_dir)
+    shards = world.together(partial(open_location, **cache), arguments.data, arguments.split)
     if shards.classes != card["classes"]:
         raise DataError(f"{shards.where}: its classes are not the {len(card['classes'])} classes of the checkpoint")
     network.to(world.device)

@@ -3,10 +3,11 @@
 Where the pipeline gives the same image in every epoch (squash), that image is kept and a batch is one gather of rows.
 Where the crop is drawn anew (random_resized_crop), the whole decoded image is kept and the crop is cut from it.
 
-On disk all ranks of a machine, and later runs on the same data, share one file per split and kind:
-a header, one byte a sample that says "filled", the pixels. Its space is allocated when it is made, so that a full disk
-is an error at the start and no SIGBUS later. A byte is set after its pixels; only a crash of the machine could keep the
-one without the other, so a file that is not marked complete serves until the next boot and is then begun anew.
+On disk all ranks of a machine, and later runs on the same data, share one file per split and recipe: a header, one
+byte a sample that says "filled", the pixels. Its space is allocated when it is made, so that a full disk is an error at
+the start and no SIGBUS later. A byte is set after its pixels (x86 shows other processes stores in their order); only a
+crash of the machine could keep the one without the other, so a file that is not marked complete serves until the next
+boot and is then begun anew.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.index import ShardSet
 from oat_dist.errors import ConfigError, DataError
 
@@ -30,7 +33,8 @@ __all__ = ["DECODED_CACHES", "DecodedCache", "open_decoded_cache"]
 
 DECODED_CACHES = ("none", "ram", "disk")
 _HEADER = 4096
-_FORMAT = "oat-dist-decoded-1"
+_CGROUP = Path("/sys/fs/cgroup")
+_FORMAT = "oat-dist-decoded-2"
 
 
 class DecodedCache:
@@ -90,22 +94,32 @@ class DecodedCache:
     def complete(self) -> bool:
         return bool(self.filled_N.all())
 
-    def close(self) -> None:
-        """Let go of the memory; a complete file on disk is marked so and serves after a reboot too."""
+    @property
+    def nbytes(self) -> int:
+        return self.filled_N.nbytes + self._pixels.nbytes
+
+    def keep(self) -> None:
+        """Mark a file on disk that is complete: it serves after a reboot too."""
         if self._file is not None and self.complete:
             self._file.mark_complete()
 
 
 def open_decoded_cache(
-    kind: str, shards: ShardSet, fixed: int | None, folder: Path | None = None, processes: int = 1
+    kind: str,
+    shards: ShardSet,
+    pipeline: ImagePipeline,
+    folder: Path | None = None,
+    processes: int = 1,
+    reserved: int = 0,
 ) -> DecodedCache | None:
     """Make or open the cache of one split.
 
     Args:
         kind: one of `DECODED_CACHES`.
-        fixed: pixels a side where final images are kept; None: whole images, in the sizes the index says.
+        pipeline: what is done to each image: its results are kept, or whole images where it draws a crop.
         folder: with "disk": where the file lies.
         processes: of this run on this machine; with "ram" each has a cache of its own.
+        reserved: bytes that this process has promised to another cache and not used yet.
 
     Raises:
         ConfigError: more than the free memory, or the disk is too small.
@@ -113,7 +127,7 @@ def open_decoded_cache(
     """
     if kind == "none":
         return None
-    number = shards.num_samples
+    number, fixed = shards.num_samples, pipeline.size if pipeline.deterministic else None
     starts_N, sizes = None, None
     if fixed is None:
         starts_N = np.zeros(number + 1, dtype=np.uint64)
@@ -123,13 +137,22 @@ def open_decoded_cache(
     else:
         total = number * fixed * fixed * 3
     if kind == "ram":
-        _refuse_beyond_memory(number + total, processes, shards)
+        _refuse_beyond_memory(number + total, reserved, processes, shards)
         memory = mmap.mmap(-1, max(number + total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return DecodedCache(*_views(memory, 0, number), fixed, starts_N, sizes)
     assert folder is not None
-    name = f"{shards.digest[:24]}-{'full' if fixed is None else fixed}.decoded"
-    file = _File(folder / name, number, total, {"digest": shards.digest, "fixed": fixed})
+    # Other versions of a decoder may give other pixels.
+    facts: dict[str, object] = {"digest": shards.digest, "recipe": pipeline.recipe, "decoders": _decoders()}
+    file = _File(folder / f"{shards.digest[:24]}-{pipeline.recipe}.decoded", number, total, facts)
     return DecodedCache(*_views(file.memory, _HEADER, number), fixed, starts_N, sizes, file)
+
+
+def _decoders() -> dict[str, str]:
+    found = {}
+    for name in ("pillow", "simplejpeg", "opencv-python-headless", "opencv-python"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _views(memory: mmap.mmap, start: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,14 +160,23 @@ def _views(memory: mmap.mmap, start: int, number: int) -> tuple[np.ndarray, np.n
     return buffer[start : start + number], buffer[start + number :]
 
 
-def _refuse_beyond_memory(size: int, processes: int, shards: ShardSet) -> None:
-    free = psutil.virtual_memory().available
+def _refuse_beyond_memory(size: int, reserved: int, processes: int, shards: ShardSet) -> None:
+    free = _free_memory() - reserved * processes
     if size * processes > 0.9 * free:
         each = f" for each of {processes} processes" if processes > 1 else ""
         raise ConfigError(
             f"data.decoded_cache=ram needs {size / 2**30:.1f} GiB{each} to hold {shards.where}, and "
             f"{free / 2**30:.1f} GiB are free here; use data.decoded_cache=disk, pack with --short-side, or none"
         )
+
+
+def _free_memory() -> int:
+    """Bytes free on this machine, or left to this container or job."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no such limit
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 class _File:

@@ -37,6 +37,9 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.safetensors"
 READ_LIMIT = 64 << 20  # about a million samples
 
+# Where the manifest of a remote split may send us, beside where it lies itself.
+_REMOTE_SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs")
+
 _ROW_TYPES: dict[str, np.dtype[Any]] = {
     "shard": np.dtype("<u4"),
     "offset": np.dtype("<u8"),
@@ -223,22 +226,28 @@ def _read_manifest(location: str, folder: Path) -> bytes:
         return (folder / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_missing_split(folder)) from None
+    except OSError as error:
+        raise DataError(
+            f"{folder / MANIFEST_NAME}: cannot be read ({error.strerror}); mend that or pack again"
+        ) from None
 
 
 def _open_index(location: str, manifest: Manifest, cache: ShardCache) -> Index:
     name, size, sha256 = (manifest.index[key] for key in ("file", "size", "sha256"))
     path = _beside(location, name)
-    if is_url(location):
-        descriptor = cache.open(RemoteFile(join_location(location, name), size, sha256))
-    else:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise DataError(f"{path}: the index is missing; pack the data set again") from None
     try:
-        data = _contents(descriptor)
-    finally:
-        os.close(descriptor)
+        if is_url(location):
+            descriptor = cache.open(RemoteFile(_remote_target(location, name, name), size, sha256))
+        else:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = _contents(descriptor)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise DataError(f"{path}: the index is missing; pack the data set again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend that or pack again") from None
     if len(data) != size or (isinstance(data, bytes) and sha256_bytes(data) != sha256):
         raise DataError(
             f"{path}: the index does not match {_beside(location, MANIFEST_NAME)}; "
@@ -260,14 +269,31 @@ def _place(location: str, shard: ShardInfo) -> Path | RemoteFile:
     target = shard.name if shard.url is None else shard.url
     if not is_url(target) and not is_url(location):
         return Path(location) / local_path(target)
-    if not is_url(target):
-        if Path(local_path(target)).is_absolute():
-            raise DataError(
-                f"{_beside(location, MANIFEST_NAME)}: shard {shard.name} lies in a local folder ({target}), which the "
-                "manifest of a remote split may not name; index the shards again by their URLs"
-            )
-        target = join_location(location, target)
+    if is_url(location):
+        target = _remote_target(location, shard.name, target)
     return RemoteFile(target, shard.size, shard.sha256)
+
+
+def _remote_target(location: str, name: str, target: str) -> str:
+    """The URL of what the manifest of a remote split names; it must not reach into this machine."""
+    manifest, again = _beside(location, MANIFEST_NAME), "index the shards again by their URLs"
+    if "::" in target:  # fsspec would open one protocol through another
+        raise DataError(f"{manifest}: {name} is said to lie at {shown(target)}: '::' is not allowed there; {again}")
+    if is_url(target):
+        own, scheme = (url.partition("://")[0].lower() for url in (location, target))
+        if scheme not in (*_REMOTE_SCHEMES, own):
+            allowed = ", ".join(dict.fromkeys((*_REMOTE_SCHEMES, own)))
+            raise DataError(
+                f"{manifest}: shard {name} lies at {shown(target)}: the manifest of this remote split may name only "
+                f"URLs of {allowed}; {again}"
+            )
+        return target
+    if local_path(target) != target or Path(target).is_absolute():
+        raise DataError(
+            f"{manifest}: shard {name} lies in a local folder ({target}), which the manifest of a remote split may not "
+            f"name; {again}"
+        )
+    return join_location(location, target)
 
 
 def _missing_split(folder: Path) -> str:
@@ -294,6 +320,10 @@ def _check(shards: ShardSet) -> None:
             size = place.stat().st_size
         except FileNotFoundError:
             raise DataError(f"{place}: the shard is missing; restore it or pack again") from None
+        except OSError as error:
+            raise DataError(
+                f"{place}: the shard cannot be opened ({error.strerror}); mend that or pack again"
+            ) from None
         if size != shard.size:
             raise DataError(
                 f"{place}: the shard has {size:,} bytes, the manifest says {shard.size:,}; "

@@ -17,11 +17,11 @@ from oat_dist.batch import Mix
 from oat_dist.data.hashing import keyed_hash
 from oat_dist.data.images.draws import MIXING
 
-__all__ = ["MAX_ALPHA", "MIXES", "Mixing", "blend"]
+__all__ = ["MAX_ALPHA", "MIN_ALPHA", "MIXES", "Mixing", "blend"]
 
 MIXES = ("none", "mixup", "cutmix")
-# Beta(a, a) is drawn by rejection; above this, too few draws are accepted.
-MAX_ALPHA = 4.0
+# Beta(a, a) is drawn by rejection; above this, too few draws are accepted, and below, all are 0 or 1.
+MIN_ALPHA, MAX_ALPHA = 1e-3, 4.0
 _DRAWS = 4096
 
 

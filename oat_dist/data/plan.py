@@ -130,9 +130,9 @@ class Layout:
         largest = -(-units // self.world) * self.unit
         if self.micro_batch_size % self.unit and min(largest, self.batch_size) > self.micro_batch_size:
             raise ConfigError(
-                f"micro_batch_size={self.micro_batch_size} would cut a group of {self.unit} samples; use a multiple "
-                f"of anchor.group_size, such as {max(self.micro_batch_size // self.unit, 1) * self.unit}, "
-                "or anchor.span=step"
+                f"micro_batch_size={self.micro_batch_size} would cut a group of {self.unit} samples (of anchor "
+                f"groups and mixed pairs); use a multiple of {self.unit}, such as "
+                f"{max(self.micro_batch_size // self.unit, 1) * self.unit}, or anchor.span=step without data.mix"
             )
 
     def steps(self, num_samples: int) -> int:

@@ -180,11 +180,12 @@ class _Ahead:
                 known = file in self._waiting or file in self._busy or time.monotonic() < self._later.get(file, 0.0)
                 if not known and not self._cache.holds(file):
                     self._waiting[file] = None
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
             while len(self._threads) < min(FETCHERS, len(self._waiting) + len(self._busy)):
                 # Daemons: a process that ends does not wait for what it fetches. Half a file is no file.
                 thread = threading.Thread(target=self._run, name="oat-fetch", daemon=True)
-                self._threads.append(thread)
                 thread.start()
+                self._threads.append(thread)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -203,9 +204,11 @@ class _Ahead:
                 file, _ = self._waiting.popitem(last=False)
                 self._busy.add(file)
             done = False
-            with contextlib.suppress(DataError, StoppedError):  # the reader of the shard will meet the same error
-                done = self._cache.fetch_ahead(file, self._stop)
-            with self._changed:
-                self._busy.discard(file)
-                if not done:
-                    self._later[file] = time.monotonic() + _AGAIN_S
+            try:
+                with contextlib.suppress(Exception):  # whatever it is: the reader of the shard will meet and report it
+                    done = self._cache.fetch_ahead(file, self._stop)
+            finally:
+                with self._changed:
+                    self._busy.discard(file)
+                    if not done:
+                        self._later[file] = time.monotonic() + _AGAIN_S

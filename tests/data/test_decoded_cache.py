@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -27,7 +28,7 @@ _HEADER = 4096
 
 
 def cache_of(kind: str, shards: ShardSet, pipeline: ImagePipeline, folder: Path) -> DecodedCache:
-    cache = open_decoded_cache(kind, shards, SIZE if pipeline.deterministic else None, folder)
+    cache = open_decoded_cache(kind, shards, pipeline, folder)
     assert cache is not None
     return cache
 
@@ -72,10 +73,28 @@ def test_a_partly_filled_batch(cifar: ShardSet, tmp_path: Path) -> None:
     assert torch.equal(builder.build(ids).images_BHWC, BatchBuilder(cifar, SQUASH).build(ids).images_BHWC)
 
 
+def test_what_is_kept_is_of_one_recipe(make_photos: object, tmp_path: Path) -> None:
+    """Squashed images are no centers, and centers of one fraction none of another."""
+    shards = make_photos(20)  # type: ignore[operator]
+    recipes = [SQUASH, *(ImagePipeline(SIZE, "center_crop", crop_fraction=part) for part in (0.875, 0.5))]
+    for pipeline in (*recipes, *recipes):
+        cache = cache_of("disk", shards, pipeline, tmp_path)
+        found = BatchBuilder(shards, pipeline, decoded=cache).build(np.arange(20)).images_BHWC
+        assert torch.equal(found, BatchBuilder(shards, pipeline).build(np.arange(20)).images_BHWC)
+    assert len(list(tmp_path.glob("*.decoded"))) == 3
+
+
+def test_memory_promised_to_one_cache_is_not_there_for_another(cifar: ShardSet) -> None:
+    free = psutil.virtual_memory().available
+    assert open_decoded_cache("ram", cifar, SQUASH) is not None
+    with pytest.raises(ConfigError, match=r"data.decoded_cache=ram needs .* GiB are free here"):
+        open_decoded_cache("ram", cifar, SQUASH, reserved=free)
+
+
 def fill(cifar: ShardSet, folder: Path) -> Path:
     cache = cache_of("disk", cifar, SQUASH, folder)
     BatchBuilder(cifar, SQUASH, decoded=cache).build(np.arange(cifar.num_samples))
-    cache.close()
+    cache.keep()
     [path] = folder.glob("*.decoded")
     return path
 
@@ -165,12 +184,12 @@ def test_a_disk_too_small_is_said_at_the_start(cifar: ShardSet, tmp_path: Path) 
 
 def test_more_than_the_memory_is_refused(cifar: ShardSet) -> None:
     with pytest.raises(ConfigError, match=r"data.decoded_cache=ram needs .* GiB for each of 999999999 processes to"):
-        open_decoded_cache("ram", cifar, 32, processes=999_999_999)
+        open_decoded_cache("ram", cifar, SQUASH, processes=999_999_999)
 
 
 def test_no_cache_and_a_folder_that_cannot_be_made(cifar: ShardSet, tmp_path: Path) -> None:
-    assert open_decoded_cache("none", cifar, SIZE, tmp_path) is None
+    assert open_decoded_cache("none", cifar, SQUASH, tmp_path) is None
     (tmp_path / "file").write_text("")
     with pytest.raises(Exception, match=r"cannot be written .*use another data.cache_dir") as caught:
-        open_decoded_cache("disk", cifar, SIZE, tmp_path / "file" / "deeper")
+        open_decoded_cache("disk", cifar, SQUASH, tmp_path / "file" / "deeper")
     assert caught.value.__cause__.errno in (errno.ENOTDIR, errno.EEXIST)  # type: ignore[union-attr]

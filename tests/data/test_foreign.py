@@ -419,7 +419,19 @@ def test_ways_to_name_shards(
         ),
         ("s3://bucket/*.tar", "s3://bucket/*.tar: wildcards work for local files only; write braces"),
         ("s3://bucket/folder/", "s3://bucket/folder/: names no file; give the URL of a tar"),
-        ("http://me:secret@host/a.tar", "http://host/a.tar: holds a password, and the manifest would keep it"),
+        *(
+            (url, f"{text}: holds a user name or password, and the manifest would keep it; leave it out, and give the")
+            for url, text in (
+                ("http://me:secret@host/a.tar", "http://host/a.tar"),
+                ("https://secret@host/a.tar", "https://host/a.tar"),
+                ("https://:secret@host/a.tar", "https://host/a.tar"),
+                ("http://me:sec/secret@host/a.tar", "http://host/a.tar"),
+                ("s3://k:s/secret@b/{0..1}.tar", "s3://b/0.tar"),
+            )
+        ),
+        ("https://host/a.tar?sig=secret", "https://host/a.tar?...: holds a query (?...), and the manifest would keep"),
+        ("s3://b/a.tar?x=1 y=secret", "s3://b/a.tar?...: holds a query (?...), and the manifest would keep it"),
+        ("http://[x/a.tar", "http://[x/a.tar: is no URL (Invalid IPv6 URL); mend it"),
         ("nosuch://x/a.tar", "nosuch://x/a.tar: Protocol not known: nosuch"),
     ],
 )
@@ -429,6 +441,7 @@ def test_shards_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/b.tar.gz").touch()
     found = refusal([pattern], "out")
+    assert "user name" not in found or "~/.netrc" in found
     assert found.startswith(text) and "secret" not in found
 
 
@@ -442,6 +455,12 @@ def test_shards_named_twice_and_of_one_name(tmp_path: Path) -> None:
         ("000001-0.tar", "../../b/0.tar"),
     ]
     assert read_all(shards) == [picture(0), picture(1), picture(0)] and problems(tmp_path / "out") == []
+
+
+def test_a_damaged_split_beside(tmp_path: Path) -> None:
+    tar = labelled(tmp_path / "a.tar", ["0", "1"])
+    (tmp_path / "out/test/manifest.json").mkdir(parents=True)
+    assert refusal([tar], tmp_path / "out").startswith(f"{tmp_path}/out/test/manifest.json: cannot be read (Is a dir")
 
 
 def test_index_and_shards_move_together(tmp_path: Path) -> None:
@@ -549,7 +568,7 @@ def test_remote_shards_that_fail(server: ShardServer, tmp_path: Path) -> None:
     assert refusal([url], tmp_path / "out").startswith(f"{url}: cannot be read (HTTP 500 ")
     assert server.requests["s-000000.tar"] == shard_scan.TRIES
     server.behaviours["s-000000.tar"] = status(403)
-    assert refusal([f"{url}?token=secret"], tmp_path / "out").startswith(f"{url}?...: cannot be read (HTTP 403 ")
+    assert refusal([url], tmp_path / "out").startswith(f"{url}: cannot be read (HTTP 403 ")
     assert server.requests["s-000000.tar"] == shard_scan.TRIES + 1
     none = f"{server.url}/shards/none.tar"
     assert refusal([none], tmp_path / "out").startswith(f"{none}: cannot be read (it is not there); check the URL")

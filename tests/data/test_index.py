@@ -292,8 +292,73 @@ def test_the_place_of_a_shard_is_said_only_where_it_is_elsewhere(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        *({"index": {"file": name}} for name in ("..", ".", "", "a\0b", "x" * 256, "é" * 128, 7, "\ud800")),
+        *({"classes": value} for value in (None, "abc", ["0", "1", 2], ["0", "1", "1"])),
+        *(
+            {"class_counts": value}
+            for value in (None, [4, 4], [4, 4, "4"], [4, 4, -4], [4, 4, 4, 0], "444", [4, 4, True])
+        ),
+        *({"num_samples": value} for value in ("12", 12.0, -12, None, True)),
+        {"num_bytes": -1},
+        *({"skipped": value} for value in (None, "x", [1], [{}], [{"name": 1, "reason": "x"}], {"name": "x"})),
+        *({"image_sizes": value} for value in (None, [], {"min": 3}, {"min": [1]}, {"min": ["1", "2"]})),
+        {"index": None},
+        {"shards": None},
+    ],
+    ids=lambda changes: repr(changes)[:40],
+)
+def test_values_of_a_manifest_that_are_wrong(tmp_path: Path, changes: dict) -> None:
+    packed(tmp_path / "train", count=3)
+
+    def change(values: dict) -> None:
+        for key, value in changes.items():
+            values[key] = {**values[key], **value} if key == "index" and value else value
+
+    edit_manifest(tmp_path / "train", change)
+    assert refusal(tmp_path / "train").startswith(f"{tmp_path}/train/manifest.json: damaged manifest (")
+
+
+def test_a_manifest_with_an_endless_number(tmp_path: Path) -> None:
+    packed(tmp_path / "train", count=3)
+    path = tmp_path / "train/manifest.json"
+    path.write_text(path.read_text().replace('"seed": 0', f'"seed": {"1" * 5000}'))
+    assert refusal(tmp_path / "train").startswith(f"{path}: damaged manifest (Exceeds the limit")
+
+
+def test_folders_in_place_of_files(tmp_path: Path) -> None:
+    packed(tmp_path / "train", count=3)
+    index, path = tmp_path / "train/index.safetensors", tmp_path / "train/manifest.json"
+    index.unlink()
+    index.mkdir()
+    assert refusal(tmp_path / "train") == f"{index}: cannot be read (Is a directory); mend that or pack again"
+    path.unlink()
+    path.mkdir()
+    assert refusal(tmp_path / "train") == f"{path}: cannot be read (Is a directory); mend that or pack again"
+
+
+def test_a_shard_at_a_path_that_no_file_system_takes(tmp_path: Path) -> None:
+    packed(tmp_path / "train", count=3)
+    edit_manifest(tmp_path / "train", lambda values: values["shards"][0].update(url="x" * 300))
+    assert "the shard cannot be opened (File name too long)" in refusal(tmp_path / "train")
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
-    [("url", 7), ("size", -1), ("size", "9"), ("samples", "9"), ("sha256", "../../x"), ("sha256", None), ("name", 3)],
+    [
+        *(("url", url) for url in ("", "a\0b", "\ud800")),
+        ("samples", -1),
+        ("size", 2**70),
+        ("name", "x" * 256),
+        ("url", 7),
+        ("size", -1),
+        ("size", "9"),
+        ("samples", "9"),
+        ("sha256", "../../x"),
+        ("sha256", None),
+        ("name", 3),
+    ],
 )
 def test_a_shard_that_the_manifest_describes_wrongly(tmp_path: Path, key: str, value: object) -> None:
     packed(tmp_path / "train")

@@ -298,11 +298,11 @@ REFUSED = [
     ({"batch_size": 64, "world": 3, "unit": 32}, "batch_size >= 65 or fewer ranks"),
     (
         {"batch_size": 128, "world": 1, "micro_batch_size": 48, "unit": 32},
-        "a multiple of anchor.group_size, such as 32",
+        "a multiple of 32, such as 32",
     ),
     (
         {"batch_size": 128, "world": 2, "micro_batch_size": 16, "unit": 32},
-        "a multiple of anchor.group_size, such as 32",
+        "a multiple of 32, such as 32",
     ),
 ]
 

@@ -31,7 +31,8 @@ from shard_server import (
 from oat_dist.data import storage
 from oat_dist.data.index import ShardSet, open_split
 from oat_dist.data.remote import fetch as remote
-from oat_dist.data.remote.fetch import is_url, join_location, shown
+from oat_dist.data.remote.fetch import is_url, join_location, local_path, shown, shown_text
+from oat_dist.data.remote.shard_cache import RemoteFile
 from oat_dist.data.storage import ShardReader
 from oat_dist.errors import DataError
 
@@ -274,15 +275,76 @@ def test_a_url_of_no_use(server: ShardServer, tmp_path: Path, url: str, message:
     assert str(error.value).startswith(f"{url}/manifest.json: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("target", ["/etc/hostname", "file:///etc/hostname"])
-def test_a_remote_manifest_may_not_name_local_files(tmp_path: Path, target: str, server: ShardServer) -> None:
+def test_a_remote_manifest_may_not_name_local_files(tmp_path: Path, server: ShardServer) -> None:
     write_split(tmp_path / "train")
-    rewrite_manifest(tmp_path / "train", target)
-    with (
-        ShardServer(tmp_path) as other,
-        pytest.raises(DataError, match=f"lies in a local folder \\({target}\\), which the manifest of a remote split"),
+    local = "lies in a local folder ({}), which the manifest of a remote split may not name"
+    other_protocol = (
+        "lies at {}: the manifest of this remote split may name only URLs of http, https, s3, s3a, gs, gcs;"
+    )
+    chained = "is said to lie at {}: '::' is not allowed there"
+    with ShardServer(tmp_path) as other:
+        for target, why in (
+            ("/etc/hostname", local),
+            ("file:///etc/hostname", local),
+            ("FILE:///etc/hostname", local),
+            ("local:///etc/hostname", local),
+            ("Local://etc/hostname", local),
+            ("memory://bucket/x.tar", other_protocol),
+            ("sftp://host/x.tar", other_protocol),
+            ("s3://bucket/x::file:///etc/hostname", chained),
+        ):
+            rewrite_manifest(tmp_path / "train", target)
+            with pytest.raises(DataError) as error:
+                open_split(f"{other.url}/train", cache_dir=tmp_path / "cache")
+            assert why.format(target) in str(error.value), target
+        for target in ("s3://bucket/x.tar", "gs://bucket/x.tar", "https://host/x.tar"):
+            rewrite_manifest(tmp_path / "train", target)
+            assert open_split(f"{other.url}/train", cache_dir=tmp_path / "cache").remote_shards()[0].url == target
+
+
+def test_a_further_try_is_announced_by_the_first_process(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    location = f"{server.url.replace('://', '://anna:geheim@')}/train"
+    for rank, expected in (
+        ("0", [f"503 Service Unavailable; trying again ({number} of 6)" for number in (2, 3)]),
+        ("1", []),
     ):
-        open_split(f"{other.url}/train", cache_dir=tmp_path / "cache")
+        monkeypatch.setenv("RANK", rank)
+        shards = open_split(location, cache_dir=tmp_path / rank)
+        assert capsys.readouterr().err == ""
+        server.behaviours[FIRST] = in_turn(status(503), status(503), good)
+        ShardReader(shards).read(first_sample(shards))
+        said = capsys.readouterr()
+        assert said.err.splitlines() == [f"note: {server.url}/train/{FIRST}: HTTP {text}" for text in expected]
+        assert said.out == ""
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_fetching_ahead_outlives_any_error(
+    server: ShardServer, packed: tuple[Path, list[bytes]], tmp_path: Path
+) -> None:
+    shards = open_split(f"{server.url}/train", cache_dir=tmp_path)
+    ahead = storage._Ahead(shards)
+    files = shards.remote_shards()
+    ahead.announce([RemoteFile(files[0].url, 2**70, "a" * 64)] * storage.FETCHERS)  # OverflowError, no DataError
+    until = time.monotonic() + 20
+    while ahead._busy or ahead._waiting:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    ahead.announce(files)
+    while not all(shards.cache.holds(file) for file in files):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert all(thread.is_alive() for thread in ahead._threads)
+    ahead.stop()
+    assert not any(thread.is_alive() for thread in ahead._threads)
+    ahead._stop.clear()
+    ahead.announce([RemoteFile(files[0].url, files[0].size, "")])  # dead threads do not count
+    while not shards.cache.holds(RemoteFile(files[0].url, files[0].size, "")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    ahead.stop()
 
 
 def test_no_secret_is_printed(server: ShardServer, tmp_path: Path) -> None:
@@ -345,5 +407,19 @@ def test_what_is_a_url_and_how_it_is_shown() -> None:
     assert [is_url(x) for x in ("s3://b/x", "http://h", "file:///x", "/a://b", "a/b", Path("/x"))] == [
         *(True, True, False, False, False, False)
     ]
-    assert shown("https://me:pw@host/x?sig=1 and s3://k:s@b/y") == "https://host/x?... and s3://b/y"
-    assert shown("https://host/a@b/c") == "https://host/a@b/c"
+    for url in ("FILE:///x/y", "local:///x/y", "LOCAL:///x/y", "file:///x/y", "/x/y"):
+        assert not is_url(url) and local_path(url) == "/x/y"
+    for url, text in (
+        ("http://u:p@ss@host/x", "http://host/x"),
+        ("http://u:sec/ret@host", "http://host"),
+        ("s3://k:s/ec@b/x", "s3://b/x"),
+        ("http://u:s ec'@host/x", "http://host/x"),
+        ("http://host/x?x=1 y=2", "http://host/x?..."),
+        ("http://host/x?a='secret'", "http://host/x?..."),
+        ("http://u:p?w@host/x", "http://...?..."),
+        ("http://host/x?sig=a@b", "http://...?..."),
+        ("http://host/a/b", "http://host/a/b"),
+    ):
+        assert shown(url) == text
+    assert shown_text("no 'https://me:p@w@host/x' nor s3://k:s/e@b/y") == "no 'https://host/x' nor s3://b/y"
+    assert shown_text("404, url='http://host/x?a='s' b=t'\nmore") == "404, url='http://host/x?...\nmore"

@@ -220,6 +220,68 @@ def test_what_is_open_stays(server: ShardServer, tmp_path: Path, monkeypatch: py
     assert kept(shards) == [1]
 
 
+def test_nothing_is_removed_where_that_makes_no_room(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 0.3)
+    shards = opened(server, tmp_path, 2.5)
+    use(shards, 1)
+    descriptor = shards.cache.open(shards.remote_shards()[0])
+    small = opened(server, tmp_path, 1.5)  # a run with a smaller limit: what is open leaves no room in it
+    with pytest.raises(DataError, match="no room for"):
+        use(small, 2)
+    assert kept(shards) == [0, 1]
+    os.close(descriptor)
+    use(small, 2)
+    assert kept(shards) == [2]
+
+
+AS_ANOTHER_USER = """
+import os, sys
+import numpy as np
+from oat_dist.data.index import open_split
+from oat_dist.data.remote import shard_cache
+from oat_dist.data.storage import ShardReader
+from oat_dist.errors import DataError
+
+shard_cache.ROOM_WAIT_S = 0.3
+size, index = int(sys.argv[2]), int(sys.argv[3])
+tight, wide = (open_split(sys.argv[1], cache_dir=".", cache_limit=index + int(n * size)) for n in (2.5, 3.5))
+os.seteuid(65534)
+for shards, number in ((tight, 2), (wide, 2), (wide, 3)):
+    try:
+        ShardReader(shards).read(int(np.flatnonzero(shards.index.shard == number)[0]))
+    except DataError as error:
+        print(error)
+    print([k for k, file in enumerate(shards.remote_shards()) if shards.cache.holds(file)])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of two users need root")
+def test_files_of_another_user_count_as_used(server: ShardServer, tmp_path: Path) -> None:
+    shards = opened(server, tmp_path)
+    use(shards, 0)
+    use(shards, 1)
+    tmp_path.chmod(0o777)
+    (tmp_path / "shards").chmod(0o1777)
+    path_of(shards, 0).chmod(0o600)
+    dead = tmp_path / "shards" / f"{'a' * 64}.part"
+    dead.write_bytes(b"half")
+    sizes = [str(shards.manifest.shards[0].size), str(shards.manifest.index["size"])]
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ANOTHER_USER, f"{server.url}/train", *sizes],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,  # a relative folder: the ones above are closed to others
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    refused, *rest = done.stdout.splitlines()
+    assert refused.startswith(".: no room for ") and dead.exists()
+    assert rest == ["[0, 1]", "[0, 1, 2]", "[0, 1, 3]"]  # its own goes
+
+
 def test_an_index_in_use_is_not_removed(
     server: ShardServer, packed: tuple[Path, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

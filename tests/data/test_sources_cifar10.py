@@ -191,12 +191,21 @@ def test_only_the_batches_of_the_wanted_split_are_needed(tmp_path: Path) -> None
 
 
 def test_a_folder_of_images_is_a_folder_of_images(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "1.jpg")
+    found = plan(tmp_path)
+    assert found.source == "cifar10" and found.classes == sorted(CLASSES)
+    assert [s.name for s in found.splits["test"]] == [f"test/{name}/1.jpg" for name in sorted(CLASSES)]
+
+
+def test_folders_of_other_classes_are_not_cifar10(tmp_path: Path) -> None:
     for name in ("train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg", "test/dog/2.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32)).save(tmp_path / name)
-    found = plan(tmp_path)
-    assert found.source == "cifar10" and found.classes == ["cat", "dog"]
-    assert [s.name for s in found.splits["test"]] == ["test/cat/1.jpg", "test/dog/2.jpg"]
+    with pytest.raises(DataError, match="nor folders of its ten classes, but cat, dog; use the source imagefolder"):
+        plan(tmp_path)
 
 
 # Pickles that would do something.

@@ -70,7 +70,11 @@ def classes_there(output: Path, split: str) -> tuple[list[str] | None, str]:
     """The classes of a split beside this one: all splits of a set share them."""
     for path in sorted(output.glob(f"[!.]*/{MANIFEST_NAME}")):
         if path.parent.name != split:
-            return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), path).classes, str(path)
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); mend that or move it away") from None
+            return Manifest.from_json(text, path).classes, str(path)
     return None, ""
 
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from braceexpand import braceexpand
 
-from oat_dist.data.remote.fetch import is_url, local_path, shown
+from oat_dist.data.remote.fetch import is_url, local_path, shown, shown_text
 from oat_dist.errors import DataError
 
 __all__ = ["Shard", "find_shards"]
@@ -92,11 +92,20 @@ def _local(pattern: str) -> list[str]:
 
 
 def _remote(url: str) -> list[str]:
-    parts = urlsplit(url)
-    if parts.password:
+    try:
+        parts = urlsplit(url)
+        secret = "@" in parts.netloc
+    except ValueError as error:
+        raise DataError(f"{shown(url)}: is no URL ({shown_text(str(error))}); mend it") from None
+    try:
+        _ = parts.port
+    except ValueError:  # a password with "/" in it
+        secret = secret or "@" in url
+    if secret or "?" in url:
+        what = "a user name or password" if secret else "a query (?...)"
         raise DataError(
-            f"{shown(url)}: holds a password, and the manifest would keep it; leave it out, and give it to fsspec "
-            "through its own settings or the environment"
+            f"{shown(url)}: holds {what}, and the manifest would keep it; leave it out, and give the credentials in "
+            "~/.netrc or the environment (see docs/remote.md)"
         )
     if _WILD.search(parts.netloc + parts.path):
         raise DataError(f"{shown(url)}: wildcards work for local files only; write braces such as {{000000..000012}}")

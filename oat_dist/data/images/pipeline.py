@@ -100,6 +100,12 @@ class ImagePipeline:
         """Whether `read` gives the same pixels in every epoch, so that they can be kept."""
         return self.crop != "random_resized_crop"
 
+    @property
+    def recipe(self) -> str:
+        """Names what `read` does, where it is the same in every epoch; else "full": only decoded images are."""
+        fraction = f"-{self.crop_fraction!r}" if self.crop == "center_crop" else ""
+        return f"{self.crop}-{self.size}{fraction}" if self.deterministic else "full"
+
     def boxes(self, ids_B: np.ndarray, widths_B: np.ndarray, heights_B: np.ndarray, epoch: int) -> np.ndarray | None:
         """What is cut out of each image: (B, 4) int64 of (top, left, height, width); None: all of it, squashed.
 

@@ -9,6 +9,7 @@ import os
 import posixpath
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO, TypeVar
@@ -26,6 +27,7 @@ __all__ = [
     "local_path",
     "open_remote",
     "shown",
+    "shown_text",
 ]
 
 TRIES = 6
@@ -45,6 +47,7 @@ _WORDS = {
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HTTP = ("http://", "https://")
+_LOCAL = re.compile(r"(file|local)://", re.IGNORECASE)  # what fsspec calls the local disk
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 T = TypeVar("T")
@@ -63,17 +66,18 @@ class _FailedError(Exception):
 
     def __init__(self, what: str, remedy: str, most_tries: int = TRIES) -> None:
         super().__init__(f"{what}; {remedy}")
+        self.what = what
         self.most_tries = most_tries
 
 
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether this is a URL other than a local file's."""
-    return isinstance(location, str) and bool(_URL.match(location)) and not location.startswith("file://")
+    return isinstance(location, str) and bool(_URL.match(location)) and not _LOCAL.match(location)
 
 
 def local_path(location: str | os.PathLike[str]) -> str:
-    """The path of a location that is no URL, or a file:// URL."""
-    return os.fspath(location).removeprefix("file://")
+    """The path of a location that is no URL, or a file:// or local:// URL."""
+    return _LOCAL.sub("", os.fspath(location), count=1) if _LOCAL.match(os.fspath(location)) else os.fspath(location)
 
 
 def join_location(folder: str, name: str) -> str:
@@ -89,8 +93,25 @@ def join_location(folder: str, name: str) -> str:
 
 
 def shown(url: str) -> str:
-    """The URL as it may be printed: without user, password and query, which may hold a signature."""
-    return re.sub(r"(://)[^/@\s]*@|(\?)[^\s'\")]+", lambda m: m[1] or "?...", url)
+    """A single URL as it may be printed: without user, password and query, which may hold a signature.
+
+    Whatever could be a part of a password is left out, so all up to the last "@".
+    """
+    scheme = _URL.match(url)
+    if scheme is None:
+        return shown_text(url)
+    head, mark, query = url.partition("?")
+    if "@" in query:  # a password with "?", or a query with "@": nothing tells which
+        return f"{scheme[0]}...?..."
+    return re.sub(r"(://).*@", r"\1", head, flags=re.DOTALL) + (mark and "?...")
+
+
+def shown_text(text: str) -> str:
+    """A text, such as a package's error, as it may be printed: its URLs without their secrets.
+
+    Nothing marks where a query ends: the rest of its line goes.
+    """
+    return re.sub(r"\?\S.*", "?...", re.sub(r"(://)[^\s'\"]*@", r"\1", text))
 
 
 @contextlib.contextmanager
@@ -177,13 +198,21 @@ def _retried(url: str, once: Callable[[], T], stop: threading.Event) -> T:
         try:
             return once()
         except _FailedError as failure:
-            if number >= min(TRIES, failure.most_tries):
+            most = min(TRIES, failure.most_tries)
+            if number >= most:
                 tries = "" if number == 1 else f" in {number} tries"
                 raise DataError(f"{shown(url)}: cannot be fetched{tries}: {failure}") from None
+            _say(f"{shown(url)}: {failure.what}; trying again ({number + 1} of {most})")
         # Up to half as long again, by chance: not all ranks at once.
         if stop.wait(FIRST_DELAY_S * 2 ** (number - 1) * (1 + random.random() / 2)):
             raise StoppedError
     raise AssertionError
+
+
+def _say(text: str) -> None:
+    """One line on stderr, from the first process of a run only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -196,17 +225,18 @@ def _failures(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise NotThereError(f"{shown(url)}: it is not there; check the URL, or restore the file") from None
     except Exception as error:  # each protocol's package has exceptions of its own
-        raise _judged(error) from None
+        raise _judged(error, url) from None
 
 
-def _judged(error: Exception) -> _FailedError:
+def _judged(error: Exception, url: str) -> _FailedError:
     name, status = type(error).__name__, getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 600:
         what = f"HTTP {status} {getattr(error, 'message', '')}".strip()
         if status in (401, 403):
             return _FailedError(what, _CREDENTIALS, 1)
         return _FailedError(what, _TRY_LATER, TRIES if status >= 500 or status in (408, 425, 429) else 1)
-    text = _WORDS.get(name) or shown(str(error)).partition("\n")[0]
+    # The whole URL first: where it ends is known of this one.
+    text = _WORDS.get(name) or shown_text(str(error).replace(url, shown(url))).partition("\n")[0]
     if isinstance(error, PermissionError) or "Credentials" in name:
         return _FailedError(f"{name}: {text}", _CREDENTIALS, 1)
     return _FailedError(f"{name}: {text}".rstrip(": "), _TRY_LATER, 1 if isinstance(error, ValueError) else TRIES)
@@ -229,4 +259,4 @@ def _filesystem(url: str) -> Any:
         remedy = f"pip install {package}" if package else str(error)
         raise DataError(f"{shown(url)}: reading {scheme}:// needs a package that is not installed: {remedy}") from None
     except ValueError as error:
-        raise DataError(f"{shown(url)}: {shown(str(error))}; give a path, or a URL that fsspec knows") from None
+        raise DataError(f"{shown(url)}: {shown_text(str(error))}; give a path, or a URL that fsspec knows") from None

@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -157,7 +158,12 @@ class ShardCache:
         self.check(file)
         self._shards.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + _PART)
-        descriptor = _lock_now(part, os.O_RDWR | os.O_CREAT)
+        try:
+            descriptor = _lock_now(part, os.O_RDWR | os.O_CREAT)
+        except PermissionError:
+            if part.exists() and _is_locked(part):  # another user fetches it
+                return None
+            raise
         if descriptor is None:
             return None
         try:
@@ -181,8 +187,8 @@ class ShardCache:
         deadline = time.monotonic() + ROOM_WAIT_S
         while not stop.is_set():
             with self._looking_for_room():
-                busy = self._remove_dead_parts()
-                if self.limit is None or self._evict(self.limit - busy - file.size, IDLE_S if ahead else 0.0):
+                busy, stuck = self._remove_dead_parts()
+                if self.limit is None or self._evict(self.limit - busy - stuck - file.size, IDLE_S if ahead else 0.0):
                     os.ftruncate(descriptor, file.size)
                     return True
             if ahead:
@@ -199,22 +205,35 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _looking_for_room(self) -> Iterator[None]:
-        with (self._shards / ".lock").open("a") as lock:
+        path = self._shards / ".lock"
+        try:  # not for writing, nor O_CREAT: it may be another user's
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_CREAT, 0o644)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
-    def _remove_dead_parts(self) -> int:
-        """Remove what killed processes left; the bytes that living ones are fetching."""
-        busy = 0
+    def _remove_dead_parts(self) -> tuple[int, int]:
+        """Remove what killed processes left; the bytes that living ones are fetching, and of dead files not ours."""
+        busy = stuck = 0
         for part in self._shards.glob(f"*{_PART}"):
             with contextlib.suppress(FileNotFoundError):
                 size = part.stat().st_size
-                if not _remove_unlocked(part):
-                    busy += size
-        return busy
+                try:
+                    if not _remove_unlocked(part):
+                        busy += size
+                except PermissionError:
+                    stuck += size
+        return busy, stuck
 
     def _evict(self, allowed: int, idle: float) -> bool:
-        """Remove the files used longest ago until the rest have at most `allowed` bytes; whether that was reached."""
+        """Remove the files used longest ago until the rest have at most `allowed` bytes; whether that was reached.
+
+        Nothing is removed where it cannot be. What another user has put there, and we may not remove, is in use.
+        """
         files = []
         for entry in os.scandir(self._shards):
             if not entry.name.endswith(_PART) and entry.name != ".lock":
@@ -222,13 +241,20 @@ class ShardCache:
                     facts = entry.stat()
                     files.append((facts.st_mtime, facts.st_size, Path(entry.path)))
         used = sum(size for _, size, _ in files)
-        old = [(used_at, size, path) for used_at, size, path in sorted(files) if time.time() - used_at >= idle]
-        if used - sum(size for _, size, _ in old) > allowed and idle:
-            return False  # nothing is gained by removing some
-        for _, size, path in old:
-            if used <= allowed:
+        old = [(size, path) for used_at, size, path in sorted(files) if time.time() - used_at >= idle]
+        if used - sum(size for size, _ in old) > allowed:
+            return False
+        chosen, rest = [], used
+        for size, path in old:
+            if rest <= allowed:
                 break
-            with contextlib.suppress(FileNotFoundError):
+            if _is_removable(path):
+                chosen.append((size, path))
+                rest -= size
+        if rest > allowed:
+            return False  # nothing is gained by removing some
+        for size, path in chosen:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 if _remove_unlocked(path):
                     used -= size
         return used <= allowed
@@ -250,6 +276,28 @@ class ShardCache:
         return DataError(
             f"{self.folder}: the cache cannot be used ({error.strerror}); set data.cache_dir to another folder"
         )
+
+
+def _is_locked(path: Path) -> bool:
+    descriptor = _lock_now(path, os.O_RDONLY)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is None
+
+
+def _is_removable(path: Path) -> bool:
+    """Whether nobody has a lock on the file and it may be removed by us."""
+    try:
+        descriptor = _lock_now(path, os.O_RDONLY)
+        if descriptor is None:
+            return False
+        owner = os.fstat(descriptor).st_uid
+        os.close(descriptor)
+        folder = path.parent.stat()
+    except (FileNotFoundError, PermissionError):
+        return False
+    # In a folder like /tmp only its owner and the file's may remove a file.
+    return not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, owner, folder.st_uid)
 
 
 def _remove_unlocked(path: Path) -> bool:

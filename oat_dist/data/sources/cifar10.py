@@ -100,6 +100,11 @@ def plan_cifar10(input: str, *, splits: SplitRequest, seed: int) -> PackPlan:
         found = _in_folder(path)
         if found is None:
             plan = plan_imagefolder(input, splits=splits, seed=seed)
+            if plan.classes != _CLASSES:
+                raise DataError(
+                    f"{path}: holds neither the published files of CIFAR-10 nor folders of its ten classes, but "
+                    f"{', '.join(plan.classes[:3])}{', ...' * (len(plan.classes) > 3)}; use the source imagefolder"
+                )
             return PackPlan("cifar10", plan.classes, plan.splits, plan.notes)
         files = found
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from oat_dist.data.foreign.rules import Rules
-from oat_dist.data.remote.fetch import is_url, open_remote, shown
+from oat_dist.data.remote.fetch import is_url, open_remote, shown, shown_text
 from oat_dist.data.tars.image_lots import Examine
 from oat_dist.data.tars.tarsamples import ShardScan, scan_samples
 from oat_dist.errors import DataError
@@ -78,4 +78,4 @@ def _words(error: Exception) -> str:
         return "it is not there"
     if isinstance(status := getattr(error, "status", None), int):
         return f"HTTP {status} {getattr(error, 'message', '')}".strip()
-    return f"{type(error).__name__}: {shown(str(error))}".partition("\n")[0].rstrip(": ")
+    return f"{type(error).__name__}: {shown_text(str(error))}".partition("\n")[0].rstrip(": ")
