@@ -12,6 +12,7 @@ from oat_dist.data.builder import ON_BAD
 from oat_dist.data.decoded_cache import DECODED_CACHES
 from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS, parse_augment
 from oat_dist.data.mixing import MAX_ALPHA, MIN_ALPHA, MIXES
+from oat_dist.data.remote.fetch import is_url, shown
 from oat_dist.engine.launcher import ENGINES, PRECISIONS
 from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS
@@ -114,6 +115,11 @@ def check(config: Config) -> None:
 def _check_data(config: Config) -> None:
     data, stream = config.data, config.data.stream
     _choice("data.mode", data.mode, ("shards", "stream"))
+    if is_url(data.path) and "@" in data.path.partition("://")[2].partition("?")[0]:
+        raise ConfigError(
+            f"data.path={shown(data.path)} is given with a user name or password, which would stand in config.yaml; "
+            "put them into ~/.netrc (http) or the environment (s3, gs)"
+        )
     _choice("data.crop", data.crop, TRAIN_CROPS)
     _choice("data.eval_crop", data.eval_crop, EVAL_CROPS)
     _choice("data.mix", data.mix, MIXES)

@@ -13,6 +13,7 @@ import torch
 
 from oat_dist.anchor import default_floor
 from oat_dist.config import Config
+from oat_dist.data.remote.fetch import shown_text
 from oat_dist.data_parts import DataParts
 from oat_dist.distributed import World
 from oat_dist.engine import Engine
@@ -29,7 +30,7 @@ def environment(world: World, **facts: Any) -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(map(shown_text, sys.orig_argv)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         **packages,

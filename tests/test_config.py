@@ -211,6 +211,7 @@ IMPOSSIBLE = [
     ("data.augment=flop", "data.augment must be none, or any of flip, pad_crop, randaugment, trivialaugment, not"),
     ("data.augment=flop", "did you mean flip?"),
     ("data.augment=none flip", "none stands alone"),
+    ("data.path=http://me:secret@host/set", "data.path=http://host/set is given with a user name or password, which"),
     ("data.mode=steam", "data.mode must be one of shards, stream, not 'steam'; did you mean stream?"),
     ("data.mode=stream", "data.mode=stream needs data.stream.urls, and data.stream.samples"),
     ("data.stream.urls=a.tar", "data.stream.urls is for data.mode=stream; data.mode=shards reads data.path"),

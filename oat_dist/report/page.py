@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oat_dist.data.remote.fetch import shown_text
 from oat_dist.report.curves import curves
 from oat_dist.report.data import Evaluation, Run, Score, flatten, fraction, lookup, wilson
 from oat_dist.report.html import Html, details, document, escape, facts, join, percent, section, table, tag
@@ -251,7 +252,7 @@ def _reproduction(run: Run) -> Html:
 def _configuration(run: Run) -> Html:
     parts: list[Any] = []
     if run.config_text:
-        parts.append(details("config.yaml, as resolved", tag("pre", run.config_text.rstrip("\n"))))
+        parts.append(details("config.yaml, as resolved", tag("pre", shown_text(run.config_text.rstrip("\n")))))
     environment = {key: _shown(value) for key, value in flatten(run.environment).items() if key}
     if environment:
         parts.append(details("Environment", facts(environment)))
@@ -268,7 +269,11 @@ def _configuration(run: Run) -> Html:
 def _shown(value: Any) -> Any:
     """A config value in words of YAML: null, true, false instead of Python's names."""
     words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else escape(value)
+    return (
+        words[value]
+        if value is None or isinstance(value, bool)
+        else escape(shown_text(value) if isinstance(value, str) else value)
+    )
 
 
 def _code(value: Any) -> Html:

@@ -213,6 +213,14 @@ def test_nothing_is_fetched_or_run_and_names_stay_text(run: Path) -> None:
     assert str(run.parent) not in page.source
 
 
+def test_signed_urls_are_not_passed_on_with_the_page(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["path"] = "https://host/set?signature=hush"
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    text = write_report(run).read_text()
+    assert "https://host/set?..." in text and "hush" not in text
+
+
 def test_the_same_folder_gives_the_same_bytes(run: Path) -> None:
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
