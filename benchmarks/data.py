@@ -95,10 +95,10 @@ def report_reading(report: Report, images: ImageSet) -> None:
 
 
 def report_steps(report: Report, images: ImageSet) -> None:
-    """Training from the second epoch, fed by us and from memory."""
+    """Training with a full cache, fed by us and from memory."""
     timings = report.run(STEPS, step_sides(images), times=3)
     print(
-        f"\nOAT steps of the lightweight net on {images.name}, flip and pad_crop, batches of {STEP_BATCH}, epoch 2 on"
+        f"\nOAT steps of the lightweight net on {images.name}, flip and pad_crop, batches of {STEP_BATCH}, epoch 3 on"
     )
     print(f"  {'':<32}{'us CPU':>9}{'us wall':>9}   {'as fast, CPU':<24}as fast, wall")
     for name, timing in timings.items():

@@ -16,11 +16,16 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 
 
+# Arrays, which NumPy takes in half the time of its scalars.
+_30, _27, _31 = (np.array(bits, dtype=np.uint64) for bits in (30, 27, 31))
+_FIRST, _SECOND = (np.array(word, dtype=np.uint64) for word in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
 def mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: a bijection of 64-bit words in which every input bit flips half the output."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values = (values ^ (values >> _30)) * _FIRST
+    values = (values ^ (values >> _27)) * _SECOND
+    return values ^ (values >> _31)
 
 
 def keyed_hash(values: np.ndarray, *keys: int) -> np.ndarray:

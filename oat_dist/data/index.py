@@ -168,7 +168,7 @@ class ShardSet:
             DataError: the index names a shard that there is not, or a place beyond its end.
         """
         index = self.index
-        shard, offset, length = int(index.shard[sample_id]), int(index.offset[sample_id]), int(index.length[sample_id])
+        shard, offset, length = index.shard.item(sample_id), index.offset.item(sample_id), index.length.item(sample_id)
         if shard >= len(self.manifest.shards):
             raise DataError(f"{self.where}: {INDEX_NAME} names a shard that the manifest lacks; pack again")
         if offset + length > self.manifest.shards[shard].size:

@@ -41,7 +41,7 @@ class ShardReader:
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
-        self._open: dict[int, int] = {}  # shard number -> descriptor, oldest first
+        self._open: dict[int, _OpenShard] = {}  # by number, oldest first; changed under the lock, read without
         self._lock = threading.Lock()
         self._remote = {  # shard number -> where
             number: place
@@ -102,8 +102,6 @@ class ShardReader:
         """Let go of open shards and stop fetching. A closed reader that is used opens its shards again."""
         self.cancel_reads()
         with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
             self._open.clear()
             ahead, self._ahead = self._ahead, None
             self._said = b"", 0.0
@@ -113,13 +111,9 @@ class ShardReader:
     def _read_local(self, shard: int, offset: int, length: int) -> bytes:
         for delay in (*_RETRY_DELAYS_S, None):
             try:
-                with self._lock:
-                    # Duplicated, so that another thread may evict the original while we read.
-                    descriptor = os.dup(self._descriptor(shard))
-                try:
-                    return os.pread(descriptor, length, offset)
-                finally:
-                    os.close(descriptor)
+                # Held while it is read: another thread may let go of it meanwhile.
+                file = self._open.get(shard) or self._open_shard(shard)
+                return os.pread(file.descriptor, length, offset)
             except OSError as error:
                 if error.errno not in _TRANSIENT or delay is None:
                     tries = f" in {len(_RETRY_DELAYS_S) + 1} tries" if error.errno in _TRANSIENT else ""
@@ -129,19 +123,19 @@ class ShardReader:
                     ) from error
             time.sleep(delay)
             with self._lock:
-                stale = self._open.pop(shard, None)
-                if stale is not None:
-                    os.close(stale)
+                self._open.pop(shard, None)
         raise AssertionError
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) >= MAX_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            path = self.shards.place(shard)
-            assert isinstance(path, Path)
-            self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[shard]
+    def _open_shard(self, shard: int) -> _OpenShard:
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None:
+                if len(self._open) >= MAX_OPEN:
+                    self._open.pop(next(iter(self._open)))
+                path = self.shards.place(shard)
+                assert isinstance(path, Path)
+                file = self._open[shard] = _OpenShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return file
 
     def _read_remote(self, remote: RemoteFile, offset: int, length: int) -> bytes:
         with self._lock:
@@ -159,6 +153,18 @@ class ShardReader:
             ) from error
         finally:
             os.close(descriptor)
+
+
+class _OpenShard:
+    """A descriptor, closed when the last one who uses it lets go: no lock and no copy of it for a read."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class _Ahead:
