@@ -94,7 +94,7 @@ class RankServer:
 
     def status(self, pid: int) -> int | None:
         """Its exit code, below zero for a signal; None while it runs."""
-        return self._ask({"status": pid})  # type: ignore[no-any-return]
+        return self._ask({"status": pid})
 
     def _ask(self, question: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -267,7 +267,7 @@ def photos() -> list[bytes]:
         pytest.skip("set OAT_TEST_DATA to the folder that holds hymenoptera.tar")
     with tarfile.open(Path(folder) / "hymenoptera.tar") as archive:
         members = [member for member in archive if member.name.endswith(".jpg")][::16]
-        return [archive.extractfile(member).read() for member in members]  # type: ignore[union-attr]
+        return [archive.extractfile(member).read() for member in members]
 
 
 @pytest.mark.parametrize(("size", "most"), [(224, 0.8), (64, 2.0)])

@@ -46,18 +46,18 @@ def test_batches_are_those_of_no_cache(cifar: ShardSet, kind: str, tmp_path: Pat
     assert not cache.complete
     first = batches(cached, range(1))
     assert cache.complete
-    cached.reader.read = None  # type: ignore[assignment]  # from here on nothing is read again
+    cached.reader.read = None  # from here on nothing is read again
     found = first + batches(cached, range(1, 3))
     assert all(map(torch.equal, found, batches(plain)))
     assert not torch.equal(found[0], found[5])  # flips are drawn anew in every epoch all the same
 
 
 def test_whole_images_are_kept_where_the_crop_is_drawn_anew(make_photos: object, tmp_path: Path) -> None:
-    shards = make_photos(20)  # type: ignore[operator]
+    shards = make_photos(20)
     cache = cache_of("ram", shards, CROPS, tmp_path)
     builder = BatchBuilder(shards, CROPS, decoded=cache)
     first = batches(builder, range(2))
-    builder.reader.read = None  # type: ignore[assignment]
+    builder.reader.read = None
     assert all(map(torch.equal, first, batches(builder, range(2))))
     assert not torch.equal(first[0], first[5])  # another crop in the next epoch
     uncached = batches(BatchBuilder(shards, CROPS), range(2))
@@ -75,7 +75,7 @@ def test_a_partly_filled_batch(cifar: ShardSet, tmp_path: Path) -> None:
 
 def test_what_is_kept_is_of_one_recipe(make_photos: object, tmp_path: Path) -> None:
     """Squashed images are no centers, and centers of one fraction none of another."""
-    shards = make_photos(20)  # type: ignore[operator]
+    shards = make_photos(20)
     recipes = [SQUASH, *(ImagePipeline(SIZE, "center_crop", crop_fraction=part) for part in (0.875, 0.5))]
     for pipeline in (*recipes, *recipes):
         cache = cache_of("disk", shards, pipeline, tmp_path)
@@ -154,7 +154,7 @@ def test_two_processes_share_a_file_and_a_killed_one_leaves_it_right(cifar: Shar
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     command = [sys.executable, "-c", program, str(cifar.folder), str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
-    with subprocess.Popen(command, **pipes) as child:  # type: ignore[call-overload]
+    with subprocess.Popen(command, **pipes) as child:
         assert child.stdout is not None and child.stdout.readline() == "half\n"
         cache = cache_of("disk", cifar, SQUASH, tmp_path)
         assert cache.filled_N[:40].all()
@@ -192,4 +192,4 @@ def test_no_cache_and_a_folder_that_cannot_be_made(cifar: ShardSet, tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(Exception, match=r"cannot be written .*use another data.cache_dir") as caught:
         open_decoded_cache("disk", cifar, SQUASH, tmp_path / "file" / "deeper")
-    assert caught.value.__cause__.errno in (errno.ENOTDIR, errno.EEXIST)  # type: ignore[union-attr]
+    assert caught.value.__cause__.errno in (errno.ENOTDIR, errno.EEXIST)

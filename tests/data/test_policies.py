@@ -100,7 +100,7 @@ def test_of_seed_epoch_and_id_only_in_any_thread(policy: object) -> None:
 
     def run(some: np.ndarray, seed: int = 1, epoch: int = 1) -> np.ndarray:
         part = images_BHWC[some].copy()
-        policy(part, ids_B[some], seed, epoch)  # type: ignore[operator]
+        policy(part, ids_B[some], seed, epoch)
         return part
 
     whole = run(ids_B)

@@ -26,7 +26,7 @@ def test_the_measure_sees_what_is_kept(cifar: ShardSet, monkeypatch: pytest.Monk
     kept = []
     windows = TrainLoader.windows
 
-    def keeping(self: TrainLoader, first: int, last: int):  # type: ignore[no-untyped-def]
+    def keeping(self: TrainLoader, first: int, last: int):
         for window in windows(self, first, last):
             kept.append(window)
             yield window
