@@ -58,6 +58,13 @@ class DataParts:
             if cache is not None:
                 cache.keep()
 
+    def new_bad(self, known: dict[Any, str], world: World) -> list[str]:
+        """Describe the undecodable samples of all ranks that are not among the `known` ones, and add them there."""
+        before = set(known)
+        for found in world.gather_objects(dict(self.builder.bad)):
+            known.update(found)
+        return [self.train_set.describe(sample_id) for sample_id in sorted(known.keys() - before)]
+
     def close(self) -> None:
         """Let go of open shards."""
         self.keep_decoded()

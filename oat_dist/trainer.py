@@ -290,10 +290,7 @@ class Trainer:
 
     def _note_bad(self) -> None:
         """Write down the undecodable samples that the ranks have met since the last time."""
-        known = set(self.bad)
-        for found in self.world.gather_objects(dict(self.data.builder.bad)):
-            self.bad.update(found)
-        names = [self.data.train_set.describe(sample_id) for sample_id in sorted(set(self.bad) - known)]
+        names = self.data.new_bad(self.bad, self.world)
         if names:
             self.folder.log(event="skipped", step=self.step, samples=names, time=time.time())
 
