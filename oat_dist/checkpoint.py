@@ -11,17 +11,17 @@
 
 A save happens in a hidden folder, which is renamed when everything in it is on disk. After each stage the ranks agree
 on success by an all-reduce, so that a full disk on one of them stops all of them instead of hanging the others. A
-token of the newest attempt fences off a process of an older one that is still alive. The previous checkpoints are
+process of an older start of the run that still lives is fenced off (`oat_dist.fence`). The previous checkpoints are
 pruned only afterwards.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError
+from oat_dist.fence import Fence
 from oat_dist.files import fsync_folder, sha256_file, write_atomic
 
 __all__ = [
@@ -157,22 +158,16 @@ class CheckpointStore:
         root: the run's ``checkpoints`` folder, on a file system that all ranks share.
         world: the processes.
         keep: newest checkpoints to keep; the best one is kept besides.
+        fence: this start's claim on `root`; None: a new one.
     """
 
-    def __init__(self, root: Path, world: World, keep: int) -> None:
+    def __init__(self, root: Path, world: World, keep: int, fence: Fence | None = None) -> None:
         self.root = root
         self.world = world
         self.keep = keep
-        self.token: str = world.gather_objects(uuid.uuid4().hex)[0]
-        world.together(self._claim)
+        self.fence = fence or Fence.new(root, world)
+        world.together(lambda: self.fence.claim() if world.is_main else None)
         world.together(self._see)
-
-    def _claim(self) -> None:
-        if self.world.is_main:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(".tmp-*"):
-                shutil.rmtree(leftover)
-            write_atomic(self.root / "attempt", self.token + "\n")
 
     def _see(self) -> None:
         if not (self.root / "attempt").is_file():
@@ -231,7 +226,7 @@ class CheckpointStore:
             CheckpointError: on every rank, when one of them could not write, or a newer attempt has taken over.
         """
         final = self.root / f"step-{step}"
-        folder = self.root / f".tmp-{self.token}"
+        folder = self.fence.staging
         self._stage(self._make_folder, folder)
         digests = self.world.gather_objects(self._stage(self._write, folder, shared, own))
         self._stage(self._publish, folder, final, {k: v for part in digests for k, v in part.items()}, best)
@@ -246,11 +241,12 @@ class CheckpointStore:
             return self.world.together(_named_errors, self.root, action, *arguments)
         except CheckpointError:
             if self.world.is_main:
-                shutil.rmtree(self.root / f".tmp-{self.token}", ignore_errors=True)
+                shutil.rmtree(self.fence.staging, ignore_errors=True)
             raise
 
     def _make_folder(self, folder: Path) -> None:
         if self.world.is_main:
+            self.fence.check()
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir()
@@ -275,16 +271,21 @@ class CheckpointStore:
     def _publish(self, folder: Path, final: Path, files: dict[str, dict[str, Any]], best: bool) -> None:
         if not self.world.is_main:
             return
-        text = json.dumps({"attempt": self.token, "world_size": self.world.size, "files": files}, indent=1)
+        text = json.dumps({"attempt": self.fence.token, "world_size": self.world.size, "files": files}, indent=1)
         (folder / _MANIFEST).write_text(text + "\n")
         _fsync(folder / _MANIFEST)
         fsync_folder(folder)
-        if _named(self.root / "attempt") != self.token:
-            raise CheckpointError(f"{self.root}: a newer start of this run has taken over; this process must stop")
-        if final.exists():  # of an attempt from which this one does not descend
-            _set_aside(final)
-        folder.rename(final)
+        self.fence.check()
+        try:
+            folder.rename(final)  # not over another: had a newer start published it since, it would be lost
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            self.fence.check()
+            _set_aside(final)  # of a start from which this one does not descend
+            folder.rename(final)
         fsync_folder(self.root)
+        self.fence.check()  # a newer start may have come since: it reads and removes checkpoints itself
         write_atomic(self.root / "latest", final.name + "\n")
         if best:
             write_atomic(self.root / "best", final.name + "\n")

@@ -18,6 +18,7 @@ from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
+from oat_dist.stopping import signal_numbers
 from oat_dist.window_step import SPANS
 
 __all__ = ["check", "check_floor"]
@@ -78,6 +79,7 @@ def check(config: Config) -> None:
         ("optim.step_gamma", optim.step_gamma),
         ("optim.head_lr_scale", optim.head_lr_scale),
         ("engine.timeout_minutes", engine.timeout_minutes),
+        ("job.check_seconds", config.job.check_seconds),
     ):
         if not 0 < number < float("inf"):
             raise ConfigError(f"{name} must be a positive number, not {number}")
@@ -100,6 +102,7 @@ def check(config: Config) -> None:
     usable = all(map(math.isfinite, [*data.mean, *data.std])) and all(value > 0 for value in data.std)
     if len(data.mean) != 3 or len(data.std) != 3 or not usable:
         raise ConfigError("data.mean and data.std are three numbers each, for red, green and blue; std above 0")
+    signal_numbers(config.job.stop_signals)
     if engine.name is not None:
         _choice("engine.name", engine.name, ENGINES)
     if engine.name == "ddp" and engine.deepspeed is not None:

@@ -15,7 +15,7 @@ from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
 
-__all__ = ["Config", "DataConfig", "ModelConfig"]
+__all__ = ["Config", "DataConfig", "JobConfig", "ModelConfig"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,7 +115,7 @@ class EngineConfig:
     precision: str | None = _key(None, "no (fp32) or bf16; null: what accelerate launch says, else no")
     processes: int | None = _key(None, "refuse to start with another number of processes; null: any")
     threads: int | None = _key(None, "CPU threads of each process; null: its share of the machine's cores")
-    timeout_minutes: float = _key(30.0, "a collective that waits longer than this is an error")
+    timeout_minutes: float = _key(30.0, "no step for so long is a hang: every rank prints its stack and stops")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,15 @@ class CheckpointConfig:
     every_steps: int = _key(0, "save every so many steps; 0: never")
     every_minutes: float = _key(0.0, "save when so much time has passed since the last one; 0: never")
     keep: int = _key(2, "newest checkpoints to keep; the best one is kept besides")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    stop_signals: list[str] = _key(("USR1", "TERM", "INT"), "on one of these, to any rank: save, and end with status 0")
+    stop_file: str | None = _key(None, "the same once this file appears (the SLURM scripts touch it)")
+    check_seconds: float = _key(1.0, "how often the ranks agree whether to stop")
+    outcome_file: str | None = _key(None, "rank 0 writes here how the run ended: finished, stopped, refused or failed")
+    take_over: bool = _key(False, "fence off an older start of this run that still lives, instead of being refused")
 
 
 @dataclass(frozen=True)
@@ -158,5 +167,6 @@ class Config:
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    job: JobConfig = field(default_factory=JobConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

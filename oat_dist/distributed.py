@@ -63,6 +63,15 @@ class World:
         flag = torch.tensor([int(success)], device=self.device, dtype=torch.int32)
         return bool(self.all_reduce(flag, "min").item())
 
+    def maximum(self, values: list[int]) -> list[int]:
+        """The largest of each value over all ranks. Counted apart: how often ranks agree depends on the clock."""
+        if self.size == 1:
+            return values
+        counts["maximum"] += 1
+        tensor = torch.tensor(values, device=self.device, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [int(value) for value in tensor.tolist()]
+
     def together(self, action: Callable[..., T], *arguments: Any) -> T:
         """Run `action` on every rank; when it fails on one, raise that error on all of them instead of hanging.
 

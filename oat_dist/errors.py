@@ -28,16 +28,19 @@ _GRACE_SECONDS = 20.0
 class OatError(ValueError):
     """Base of all errors caused by input, settings or the environment rather than by a defect of ours.
 
-    `everywhere` says that every rank raises the same error, so that one of them printing it is enough.
+    `everywhere` says that every rank raises the same error, so that one of them printing it is enough; `permanent`
+    that the same command would fail again, so that nobody should start it again by itself.
     """
 
     everywhere = False
+    permanent = False
 
 
 class ConfigError(OatError):
     """A setting that is unknown, impossible, or would hang or lie."""
 
     everywhere = True
+    permanent = True
 
 
 class DataError(OatError):
@@ -70,7 +73,7 @@ def loss_not_finite(step: int, epoch: int, phase: str, folder: Path) -> Training
 def not_finite(text: str) -> TrainingError:
     """Numbers that are the same on every rank have turned NaN or infinite."""
     error = TrainingError(text)
-    error.everywhere = True
+    error.everywhere = error.permanent = True
     return error
 
 

@@ -6,12 +6,25 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from oat_dist.errors import OatError
 
-__all__ = ["folder_lock", "fsync_folder", "sha256_bytes", "sha256_file", "write_atomic"]
+__all__ = [
+    "FolderBusyError",
+    "folder_lock",
+    "fsync_folder",
+    "lock_holder",
+    "sha256_bytes",
+    "sha256_file",
+    "write_atomic",
+]
+
+
+class FolderBusyError(OatError):
+    """Another process holds the lock of a folder."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -52,7 +65,8 @@ def folder_lock(folder: Path, refusal: str, *, name: str = ".lock") -> Iterator[
     """Hold an exclusive lock on `folder` (made if missing); the kernel frees it when the process dies.
 
     Raises:
-        OatError: with the text `refusal` when another process holds it; a folder that cannot be made or written to.
+        FolderBusyError: with the text `refusal`, when another process holds it.
+        OatError: a folder that cannot be made or written to, or whose file system does not lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +77,21 @@ def folder_lock(folder: Path, refusal: str, *, name: str = ".lock") -> Iterator[
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OatError(refusal) from None
+            raise FolderBusyError(refusal) from None
         except OSError as error:
             raise OatError(
                 f"{folder}: its file system does not lock files ({error.strerror}); choose a folder on another one"
             ) from error
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
+        file.flush()
         yield
+
+
+def lock_holder(folder: Path, *, name: str = ".lock") -> str:
+    """`` (HOST, process PID)`` of who holds the lock of `folder`, as far as it says so; else empty."""
+    try:
+        text = (folder / name).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+    return f" ({text[:200]})" if text else ""

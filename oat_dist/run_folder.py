@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,17 @@ import yaml
 
 from oat_dist.checkpoint import has_checkpoints
 from oat_dist.config import Config, to_yaml
+from oat_dist.config_keys import JobConfig
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError, OatError, TrainingError
 from oat_dist.evaluate import Evaluation
-from oat_dist.files import folder_lock, write_atomic
+from oat_dist.fence import Fence
+from oat_dist.files import FolderBusyError, folder_lock, lock_holder, write_atomic
 
 __all__ = ["RunFolder", "read_config"]
+
+# A start that takes over waits so many job.check_seconds for the older one, which looks once in each, to end.
+_TAKE_OVER_CHECKS = 30
 
 # What may change when a run goes on; everything else would make it another run.
 _MAY_CHANGE = {
@@ -44,6 +51,11 @@ _MAY_CHANGE = {
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep",
+    "job.stop_signals",
+    "job.stop_file",
+    "job.check_seconds",
+    "job.outcome_file",
+    "job.take_over",
     "eval.every_epochs",
     "eval.batch_size",
     "log.every_steps",
@@ -57,25 +69,50 @@ class RunFolder:
         self.path = path
         self.world = world
         self.metrics_path = path / "metrics.jsonl"
+        self.fence: Fence | None = None  # known while the folder is locked
+        self.notes: list[str] = []  # what the user should know of it
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder against a second run, which may well be a rank that does not see the others."""
-        refusal = (
-            f"{self.path}: another process is training in this folder; wait for it or choose another output_dir. "
-            "If you started several processes for one run, they do not see each other: use accelerate launch or "
-            "torchrun with a config file of configs/accelerate/"
-        )
-        if self.world.is_main:
-            lock = folder_lock(self.path, refusal)
-            self.world.together(lock.__enter__)
-            try:
-                yield
-            finally:
-                lock.__exit__(None, None, None)
-        else:
-            self.world.together(lambda: None)
+    def locked(self, job: JobConfig | None = None) -> Iterator[None]:
+        """Hold the folder against a second run, which may well be a rank that does not see the others.
+
+        Args:
+            job: with `take_over`, whoever holds it is fenced off, instead of this start being refused.
+        """
+        self.fence = Fence.new(self.path / "checkpoints", self.world)
+        with contextlib.ExitStack() as lock:
+            self.world.together(self._lock, lock, job or JobConfig())
             yield
+
+    def _lock(self, lock: contextlib.ExitStack, job: JobConfig) -> None:
+        if not self.world.is_main:
+            return
+        refusal = (
+            f"{self.path}: another process is training in this folder{lock_holder(self.path)}; wait for it or choose "
+            "another output_dir. If you started several processes for one run, they do not see each other: use "
+            "accelerate launch or torchrun with a config file of configs/accelerate/. If it is an older start of this "
+            "very run that should have ended, job.take_over=true fences it off"
+        )
+        deadline = 0.0
+        while True:
+            try:
+                lock.enter_context(folder_lock(self.path, refusal))
+                return
+            except FolderBusyError:
+                if not job.take_over:
+                    raise
+            now = time.monotonic()
+            if not deadline:
+                assert self.fence is not None
+                self.fence.claim()  # it finds out within moments, if it still runs
+                deadline = now + _TAKE_OVER_CHECKS * job.check_seconds
+            if now > deadline:
+                self.notes.append(
+                    f"warning: an older start of this run{lock_holder(self.path)} still holds {self.path} and does not "
+                    "end; it is fenced off and can write no checkpoint, so this one goes on. End it if you can"
+                )
+                return
+            time.sleep(job.check_seconds / 5)
 
     def adopt(self, config: Config) -> None:
         """Take the folder for `config`, or check that it already is this configuration's.
@@ -91,7 +128,7 @@ class RunFolder:
         path = self.path / "config.yaml"
         if has_checkpoints(self.path):
             if not config.resume:
-                raise CheckpointError(f"{self.path}: holds a run, and resume=false; choose another output_dir")
+                raise _refused(f"{self.path}: holds a run, and resume=false; choose another output_dir")
             if not path.exists():
                 raise CheckpointError(
                     f"{path}: is missing, but there are checkpoints; restore it or choose another output_dir"
@@ -107,7 +144,7 @@ class RunFolder:
                 if key not in _MAY_CHANGE and before.get(key) != now.get(key)
             ]
             if different:
-                raise CheckpointError(
+                raise _refused(
                     f"{self.path}: belongs to another configuration: {'; '.join(different)}; "
                     "choose another output_dir, or set these back"
                 )
@@ -115,11 +152,13 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         if self.world.is_main:
+            self._check()
             write_atomic(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def log(self, **record: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self.world.is_main:
+            self._check()
             try:
                 with self.metrics_path.open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -128,6 +167,11 @@ class RunFolder:
                     f"{self.metrics_path}: cannot be written ({error.strerror}); mend that and start again: "
                     "the run resumes from its newest checkpoint"
                 ) from error
+
+    def _check(self) -> None:
+        """A zombie writes nothing."""
+        if self.fence is not None:
+            self.fence.check()
 
     def log_evaluation(self, evaluation: Evaluation, **where: Any) -> None:
         """One line a protocol."""
@@ -162,6 +206,12 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not {"path", "eval_split"} <= data.keys():
         raise OatError(f"{run / 'config.yaml'}: damaged, it has no section data; give --data and --split")
     return values
+
+
+def _refused(text: str) -> CheckpointError:
+    error = CheckpointError(text)
+    error.permanent = True
+    return error
 
 
 def _pixels(values: dict[str, Any]) -> dict[str, Any]:

@@ -42,15 +42,20 @@ def describe_layout(trainer: Trainer) -> str:
 
 
 def finish_run(trainer: Trainer) -> None:
-    """Write the report and print what was trained and where to look."""
+    """Write the report and print what was trained and where to look; or where a stopped run goes on."""
     folder = trainer.folder.path
+    if not trainer.finished:
+        saved = f"saved as {folder / 'checkpoints' / f'step-{trainer.step}'}" if trainer.step else "nothing to save"
+        print(f"\nstopped   at step {trainer.step:,} of {trainer.total_steps:,} ({trainer.pulse.stopping}), {saved}")
+        print("next      the same command goes on from there")
+        return
     report = write_report(folder)
     config = trainer.config
     print(
         f"\ntrained   {config.model.name}, {trainer.step:,} steps "
         f"({trainer.step / trainer.steps_per_epoch:.3g} epochs) on {trainer.world.size} process(es)"
     )
-    evaluation = trainer.evaluation
+    evaluation = trainer.validation.evaluation
     if evaluation is not None:
         print(f"accuracy  on {config.data.eval_split}, {len(evaluation.labels_N):,} samples, last step:")
         for name, result in evaluation.protocols.items():
@@ -58,7 +63,7 @@ def finish_run(trainer: Trainer) -> None:
         left_out = 0 if trainer.data.eval_set is None else trainer.data.eval_set.num_samples - len(evaluation.labels_N)
         if left_out:
             print(f"            {left_out:,} undecodable sample(s) left out")
-    best = trainer.best
+    best = trainer.validation.best
     if best:
         print(
             f"best      step {best['step']:,}: {best['accuracy']:.2%} ({best['protocol']}, selected on {best['split']})"

@@ -3,11 +3,13 @@
 One step: a window of micro-batches comes from the loader; each goes to the device, is normalised there and forwarded;
 the objective gives a loss that is exact over all ranks and micro-batches (`WindowStep`); gradients are exchanged in the
 last micro-batch; the engine's replica steps at the learning rate of this global step. Everything scheduled (phase,
-learning rate, evaluation, saving) is a pure function of the global step, so that a resumed run cannot differ.
+learning rate, evaluation, saving) is a pure function of the global step, so that a resumed run cannot differ. Whether
+to stop is asked after every step (`Pulse`): all ranks stop after the same one, save, and the same command goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -25,9 +27,9 @@ from oat_dist.data_parts import build_data
 from oat_dist.engine import Engine
 from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import loss_not_finite
-from oat_dist.evaluate import Evaluation
 from oat_dist.metrics import AnchorMean, Meter
 from oat_dist.objectives import OAT, CrossEntropy, Objective
+from oat_dist.outcome import write_outcome
 from oat_dist.parts import (
     build_criterion,
     build_network,
@@ -36,10 +38,11 @@ from oat_dist.parts import (
     learning_rate,
     optimizer_for,
 )
+from oat_dist.pulse import Pulse
 from oat_dist.run_facts import environment, model_card, run_facts, run_identity
 from oat_dist.run_folder import RunFolder
+from oat_dist.run_validation import EvaluationStoppedError, RunValidation
 from oat_dist.training_state import TrainingState
-from oat_dist.validation import evaluate_network
 from oat_dist.window_step import WindowStep
 
 __all__ = ["Trainer"]
@@ -51,13 +54,15 @@ class Trainer:
     Args:
         config: the checked configuration.
         engine: the started engine.
+        pulse: through which it can be stopped and watched; None: by nobody.
 
     Raises:
         OatError: anything about configuration and data that makes this run impossible, before the first step.
     """
 
-    def __init__(self, config: Config, engine: Engine) -> None:
+    def __init__(self, config: Config, engine: Engine, pulse: Pulse | None = None) -> None:
         self.config, self.engine, self.world = config, engine, engine.world
+        self.pulse = pulse or Pulse(self.world)
         self.display = Display(self.world)
         self.folder = RunFolder(Path(config.output_dir), self.world)
 
@@ -84,14 +89,15 @@ class Trainer:
         self.replica = engine.prepare(network, optimizer_for(config, network), shape, config.optim.clip_norm)
         self.network = self.replica.network
 
-        self.step = 0
-        self.best: dict[str, Any] = {}
+        self.step = self.saved_step = 0
         self.bad: dict[int, str] = {}  # undecodable samples of all ranks, known at the end: id -> why
-        self.evaluation: Evaluation | None = None
-        self.evaluated_at = -1
         self.meter = Meter(self.world, min(config.log.every_steps, self.steps_per_epoch))
         self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
         self.state = TrainingState(self.replica, self.anchor_mean, self.meter, self.world)
+        self.validation = RunValidation(
+            *(config, engine, self.replica, self.data, self.criterion, self.anchor_mean),
+            *(self.folder, self.display, self.pulse),
+        )
         self.window_step = WindowStep(
             self.replica,
             self.data.images,
@@ -109,30 +115,40 @@ class Trainer:
         """The objective of the last step taken."""
         return self.objectives[self.step > self.pretrain_steps]
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do, evaluation included."""
+        evaluated = self.data.eval_set is None or self.validation.evaluated_at == self.step
+        return self.step >= self.total_steps and evaluated
+
     def fit(self) -> None:
-        """Train to the end, from the newest checkpoint if there is one."""
-        with self.folder.locked():
+        """Train to the end, from the newest checkpoint if there is one; or until asked to stop: see `finished`."""
+        with self.folder.locked(self.config.job):
             self.world.together(self.folder.adopt, self.config)
-            self.store = CheckpointStore(self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep)
+            self.store = CheckpointStore(
+                self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep, self.folder.fence
+            )
+            self.pulse.fence = self.folder.fence
             size = self.config.data.image_size
             self.replica.warm_up(torch.zeros(2, 3, size, size, device=self.world.device))
-            self._start()
             largest = self.data.loader.layout.largest_part
             remedy = f"try micro_batch_size={max(largest // 2, 1)} at the same batch_size={self.config.batch_size}"
+            self._start()
             with self.display.progress(self.step, self.total_steps), self.engine.memory(remedy):
                 self._train()
             self._finish()
 
     def _start(self) -> None:
-        for note in self.notes:
+        for note in self.notes + self.folder.notes:
             self.display.say(note)
         newest, damaged = self.store.newest()
         for problem in damaged:
             self.display.say(f"warning: passed over a checkpoint: {problem}")
         if newest is not None:
             facts = self.state.restore(newest, self.identity)
-            self.step, self.best = facts["step"], facts["best"]
-            self.world.together(self.store.point, newest, self.best.get("step"))
+            self.step = self.saved_step = facts["step"]
+            self.validation.best, self.validation.due = facts["best"], facts.get("evaluation_due", False)
+            self.world.together(self.store.point, newest, self.validation.best.get("step"))
             self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
         self.folder.cut_torn_line()
         if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
@@ -140,12 +156,16 @@ class Trainer:
             self.folder.write_json("environment.json", environment(self.world, **facts))
             how = {name: facts[name] for name in ("engine", "precision", "threads")} | {"world_size": self.world.size}
             self.folder.log(event="resume" if newest else "start", step=self.step, time=time.time(), **how)
+        if self.validation.due and newest is not None and self._validate():
+            self.world.together(self.store.point, newest, self.step)
 
     def _train(self) -> None:
         self.saved_time = time.monotonic()
         windows = windows_on_device(self.data.loader.windows(self.step, self.total_steps), self.world.device)
         self.meter.restart()
-        while self.step < self.total_steps:
+        self.pulse.restart()
+        stop = self.pulse.beat("training")
+        while self.step < self.total_steps and not stop:
             if self.step == self.pretrain_steps:
                 self._begin_oat()
             started = time.perf_counter()
@@ -154,12 +174,12 @@ class Trainer:
             norm = self.train_step(window)
             self.meter.end_step(window, waited, self.objective.anchors(), norm)
             self.step += 1
-            self._after_step(window.epoch)
+            stop = self._after_step(window.epoch)
 
     def _begin_oat(self) -> None:
         """As the authors do with two scripts: the weights go on, the momentum starts anew."""
         self.replica.reset_optimizer()
-        self.best = {}  # of the phase: an accuracy under another protocol is no measure for it
+        self.validation.best = {}  # of the phase: an accuracy under another protocol is no measure for it
         if self.step:
             self.display.say(f"step {self.step:,}: cross-entropy ends, OAT begins")
             self.folder.log(event="phase", step=self.step, phase="oat", time=time.time())
@@ -180,27 +200,33 @@ class Trainer:
             assert self.criterion.statistics is not None
             self.anchor_mean.add(anchors_GC, self.criterion.statistics.count_G > 0)
 
-    def _after_step(self, epoch: int) -> None:
-        """Log, evaluate and save when it is time; the same decisions on every rank."""
-        config = self.config
-        finished = self.step // self.steps_per_epoch if self.step % self.steps_per_epoch == 0 else None
+    def _after_step(self, epoch: int) -> bool:
+        """Log, evaluate and save when it is time; the same decisions on every rank. True: stop now."""
+        config, step_in_epoch = self.config, self.step % self.steps_per_epoch
+        finished = self.step // self.steps_per_epoch if step_in_epoch == 0 else None
         ended = self.step == self.total_steps
-        due = _every(self.step, config.checkpoint.every_steps) or ended
+        stop = self.pulse.beat(f"training after step {self.step:,}")
+        due = _every(self.step, config.checkpoint.every_steps) or ended or stop
         if finished is not None:
             self.anchor_mean.end_epoch(self.world)
             due = due or _every(finished, config.checkpoint.every_epochs)
-        if self.meter.steps == config.log.every_steps or finished is not None or due:
+        if _every(step_in_epoch, config.log.every_steps) or finished is not None or due:
             self._log(epoch)
             due = due or self._minutes_passed()
-        improved = False
+        improved, started = False, time.perf_counter()
         if self.data.eval_set and (ended or (finished is not None and _every(finished, config.eval.every_epochs))):
-            started = time.perf_counter()
-            improved = self.validate()
-            self.meter.pause(time.perf_counter() - started)
-        if due or improved:
-            started = time.perf_counter()
+            self.validation.due = True
+            improved = not stop and self._validate()
+            stop = bool(self.pulse.stopping)
+        if stop:
+            self.display.say(f"stopping at step {self.step:,} ({self.pulse.stopping}): saving")
+        if due or improved or stop:
             self._save(improved)
-            self.meter.pause(time.perf_counter() - started)
+        self.meter.pause(time.perf_counter() - started)
+        return stop
+
+    def _validate(self) -> bool:
+        return self.validation.run(self.step, self.step // self.steps_per_epoch, self.trained_with.name)
 
     def _minutes_passed(self) -> bool:
         minutes = self.config.checkpoint.every_minutes
@@ -224,57 +250,18 @@ class Trainer:
             rate, wait = interval.values["samples_per_s"], interval.values["data_wait"]
             self.display.say(f"{text}  {rate:,.0f} samples/s  data wait {wait:.0%}")
 
-    def validate(self) -> bool:
-        """Evaluate under every protocol; True when this is the best so far."""
-        evaluation = self.evaluate()
-        scores = None
-        if evaluation is not None:
-            epoch, phase = self.step // self.steps_per_epoch, self.trained_with.name
-            split = self.config.data.eval_split
-            self.folder.log_evaluation(evaluation, step=self.step, epoch=epoch, phase=phase, split=split)
-            self.display.say(f"epoch {epoch}/{self.config.epochs} {split}: {evaluation}")
-            name = "argmax" if "argmax" in evaluation.protocols else self.config.eval.protocol
-            scores = {"protocol": name, "accuracy": evaluation.protocols[name].accuracy}
-        scores = self.world.gather_objects(scores)[0]
-        self.evaluation, self.evaluated_at = evaluation, self.step
-        if scores["accuracy"] <= self.best.get("accuracy", -1.0):
-            return False
-        self.best = {"step": self.step, "split": self.config.data.eval_split, **scores}
-        return True
-
-    def evaluate(self) -> Evaluation | None:
-        """Every protocol on the evaluation split; the result on rank 0, None on the others."""
-        assert self.data.eval_set is not None
-        self.replica.sync_buffers()
-        config, anchored = self.config, self.trained_with.name == "oat"
-        with self.engine.memory(f"lower eval.batch_size={config.eval.batch_size}; it changes no answer"):
-            return evaluate_network(
-                self.replica.forward_only,
-                self.data.eval_set,
-                self.data.normalise,
-                self.world,
-                pipeline=self.data.eval_pipeline,
-                center=self.criterion.center if anchored else None,
-                floor=self.criterion.anchor_floor,
-                stored_anchor_C=self.anchor_mean.value(self.world),
-                batch_size=config.eval.batch_size,
-                workers=config.data.workers,
-                group_size=config.eval.group_size,
-                seed=config.eval.seed,
-                on_bad=config.data.on_bad,
-                max_bad=config.data.max_bad,
-                decoded=self.data.eval_decoded,
-            )
-
     def _save(self, best: bool) -> None:
         self.replica.sync_buffers()
         self.state.check_finite(self.step, self.folder.path)
         shared = self.state.shared(self._facts(), model_card(self.config, self.classes, self.trained_with.name))
         self.store.save(self.step, shared, self.state.own(), best)
+        self.saved_step = self.step
+        write_outcome(self.config.job.outcome_file, self.world, "running", self.step, self.total_steps)
         self.data.keep_decoded()
         if self.config.data.on_bad == "skip":
             self._note_bad()
         self.saved_time = time.monotonic()
+        self.pulse.restart()
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -284,7 +271,8 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "phase": self.trained_with.name,
             "split": self.config.data.eval_split,
-            "best": self.best,
+            "best": self.validation.best,
+            "evaluation_due": self.validation.due,
             **self.identity,
         }
 
@@ -296,14 +284,17 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the last step if that has not happened (a finished run was started again); leave evaluation.json."""
-        if self.data.eval_set is not None:
-            if self.evaluated_at != self.step:
-                self.evaluation = self.evaluate()
-            if self.evaluation is not None:
-                self.folder.write_json("evaluation.json", {**self._facts(), **self.evaluation.summary(self.classes)})
+        validation = self.validation
+        if self.data.eval_set is not None and not self.pulse.stopping and validation.evaluated_at != self.step:
+            with contextlib.suppress(EvaluationStoppedError):
+                validation.evaluate(self.step, self.trained_with.name)
+        if validation.evaluation is not None and validation.evaluated_at == self.step:
+            summary = validation.evaluation.summary(self.classes)
+            self.folder.write_json("evaluation.json", {**self._facts(), **summary})
         self._note_bad()
         self.data.close()
-        self.folder.log(event="finished", step=self.step, time=time.time())
+        event = {"event": "finished"} if self.finished else {"event": "stopped", "reason": self.pulse.stopping}
+        self.folder.log(**event, step=self.step, time=time.time())
 
 
 def _every(count: int, interval: int) -> bool:

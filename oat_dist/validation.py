@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from oat_dist.batch import Batch
 from oat_dist.data.builder import BatchBuilder
 from oat_dist.data.decoded_cache import DecodedCache
 from oat_dist.data.images.pipeline import ImagePipeline
@@ -34,6 +37,7 @@ def evaluate_network(
     on_bad: str = "skip",
     max_bad: int | None = None,
     decoded: DecodedCache | None = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> Evaluation | None:
     """Forward a whole split once and judge it; the result on rank 0, None on the others.
 
@@ -45,6 +49,8 @@ def evaluate_network(
         on_bad: "stop" at an undecodable image, or "skip" up to `max_bad` of them on each rank (None: any number),
             which are then missing from the result's total.
         decoded: where decoded images are kept; None: nowhere.
+        on_batch: called before each batch, equally often on every rank; an error it raises on all of them ends the
+            evaluation.
 
     Raises:
         DataError: an undecodable image and ``on_bad="stop"``, more of them than `max_bad`, or nothing left.
@@ -53,9 +59,15 @@ def evaluate_network(
     builder = BatchBuilder(shards, pipeline, on_bad=on_bad, max_bad=budget, decoded=decoded)
     training = network.training
     network.eval()
+
+    def forward(batch: Batch) -> Tensor:
+        if on_batch is not None:
+            on_batch()
+        return network(normalise(batch.images_BHWC))
+
     try:
         outputs = collect(
-            lambda batch: network(normalise(batch.images_BHWC)),
+            forward,
             evaluation_batches(builder, world.rank, world.size, batch_size, workers),
             shards.num_samples,
             world,

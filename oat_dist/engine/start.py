@@ -53,6 +53,8 @@ def start_engine(
         precision: "no" or "bf16"; None: what the launcher says, else no.
         processes: the number of processes there must be; None: what the launcher started.
         threads: CPU threads of each process; None: its share of the cores.
+        timeout_minutes: a collective that waits for a minute longer than this is an error: whoever watches for hangs
+            of this length comes first.
 
     Raises:
         LaunchError: another engine, precision or number of processes than asked for; ranks that do not see each
@@ -78,7 +80,7 @@ def start_engine(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    timeout = datetime.timedelta(minutes=timeout_minutes + 1)
     accelerator = _deepspeed(plan, cpu, timeout) if plan.stage else _data_parallel(plan, cpu, timeout)
     if cpu or threads is not None:
         torch.set_num_threads(share)

@@ -62,7 +62,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Event:
-    """Start, resume, phase change or end of the run; `time` is UTC text, empty where the line has none."""
+    """Start, resume, phase change, stop or end of the run; `time` is UTC text, empty where the line has none."""
 
     name: str
     step: int | None
