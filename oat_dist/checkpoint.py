@@ -158,7 +158,7 @@ class CheckpointStore:
         root: the run's ``checkpoints`` folder, on a file system that all ranks share.
         world: the processes.
         keep: newest checkpoints to keep; the best one is kept besides.
-        fence: this start's claim on `root`; None: a new one.
+        fence: this start's claim on `root`; None: a new one is made.
     """
 
     def __init__(self, root: Path, world: World, keep: int, fence: Fence | None = None) -> None:
@@ -166,7 +166,8 @@ class CheckpointStore:
         self.world = world
         self.keep = keep
         self.fence = fence or Fence.new(root, world)
-        world.together(lambda: self.fence.claim() if world.is_main else None)
+        if fence is None:
+            world.together(lambda: self.fence.claim() if world.is_main else None)
         world.together(self._see)
 
     def _see(self) -> None:

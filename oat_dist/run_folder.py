@@ -93,26 +93,28 @@ class RunFolder:
             "accelerate launch or torchrun with a config file of configs/accelerate/. If it is an older start of this "
             "very run that should have ended, job.take_over=true fences it off"
         )
-        deadline = 0.0
-        while True:
-            try:
-                lock.enter_context(folder_lock(self.path, refusal))
-                return
-            except FolderBusyError:
-                if not job.take_over:
-                    raise
-            now = time.monotonic()
-            if not deadline:
-                assert self.fence is not None
-                self.fence.claim()  # it finds out within moments, if it still runs
-                deadline = now + _TAKE_OVER_CHECKS * job.check_seconds
-            if now > deadline:
-                self.notes.append(
-                    f"warning: an older start of this run{lock_holder(self.path)} still holds {self.path} and does not "
-                    "end; it is fenced off and can write no checkpoint, so this one goes on. End it if you can"
-                )
-                return
+        assert self.fence is not None
+        held = self._holds(lock, "" if job.take_over else refusal)
+        self.fence.claim()  # an older start finds out within moments, if it still runs
+        deadline = time.monotonic() + _TAKE_OVER_CHECKS * job.check_seconds
+        while not held and time.monotonic() < deadline:
             time.sleep(job.check_seconds / 5)
+            held = self._holds(lock)
+        if not held:
+            self.notes.append(
+                f"warning: an older start of this run{lock_holder(self.path)} still holds {self.path} and does not "
+                "end; it is fenced off and can write no checkpoint, so this one goes on. End it if you can"
+            )
+
+    def _holds(self, lock: contextlib.ExitStack, refusal: str = "") -> bool:
+        """Try to take the lock; False when another process has it, or an error where there is a text for one."""
+        try:
+            lock.enter_context(folder_lock(self.path, refusal))
+        except FolderBusyError:
+            if refusal:
+                raise
+            return False
+        return True
 
     def adopt(self, config: Config) -> None:
         """Take the folder for `config`, or check that it already is this configuration's.

@@ -19,8 +19,6 @@ from contextlib import contextmanager
 __all__ = ["HUNG", "Watchdog"]
 
 HUNG = 75  # exit status EX_TEMPFAIL: worth another try
-# So long a rank that has written its stack waits for the others to write theirs, before a launcher ends them all.
-_GRACE_SECONDS = 5.0
 
 
 class Watchdog:
@@ -29,11 +27,14 @@ class Watchdog:
     Args:
         seconds: without a sign of life that count as a hang.
         rank: stands before every line of the stack.
+        grace: seconds that a rank which has written its stack leaves the others for theirs: a launcher ends them all
+            once one has ended.
     """
 
-    def __init__(self, seconds: float, rank: int) -> None:
+    def __init__(self, seconds: float, rank: int, grace: float = 5.0) -> None:
         self.seconds = seconds
         self.rank = rank
+        self.grace = grace
         self._last = time.monotonic()
         self._doing = "starting"
         self._ended = threading.Event()
@@ -59,10 +60,10 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self.seconds / 10)):
             # Should a thread in foreign code keep Python's lock, this thread never comes back here; then faulthandler
             # does it alone, from outside of Python.
-            faulthandler.dump_traceback_later(self.seconds + 2 * _GRACE_SECONDS, exit=True, file=2)
+            faulthandler.dump_traceback_later(self.seconds + 2 * self.grace, exit=True, file=2)
             if time.monotonic() - self._last > self.seconds:
                 self._report()
-                time.sleep(_GRACE_SECONDS)
+                time.sleep(self.grace)
                 os._exit(HUNG)
 
     def _report(self) -> None:

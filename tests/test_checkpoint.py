@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +23,14 @@ from oat_dist.checkpoint import (
     find_checkpoint,
     verify,
 )
+from oat_dist.config_keys import JobConfig
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError
+from oat_dist.files import FolderBusyError
 from oat_dist.optim import build_optimizer
 from oat_dist.optimizer_state import load_optimizer, optimizer_tensors
 from oat_dist.randomness import random_state, set_random_state
+from oat_dist.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -335,6 +341,66 @@ def test_a_newer_attempt_fences_off_an_older_one(root: Path) -> None:
     assert visible(root) == ["attempt", "latest", "step-2"]
     save(newer, 3)
     assert find_checkpoint(root.parent).step == 3
+
+
+def test_a_zombie_that_wakes_in_the_midst_of_a_save_publishes_nothing(root: Path, tmp_path: Path) -> None:
+    """Real processes: the older one stops itself just before the rename, and is woken when the newer one has saved."""
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "import torch\n"
+        "from oat_dist.checkpoint import CheckpointStore\n"
+        "from oat_dist.distributed import World\n"
+        "from oat_dist.errors import CheckpointError\n"
+        "from oat_dist.fence import Fence\n"
+        "store = CheckpointStore(pathlib.Path(sys.argv[1]), World(), keep=1)\n"
+        "check = Fence.check\n"
+        "calls = []\n"
+        "def stops_itself(self):\n"
+        "    check(self)\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2:  # it has found that it may publish\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "Fence.check = stops_itself\n"
+        "try:\n"
+        "    store.save(5, {'model.safetensors': {'weight': torch.zeros(9)}}, {}, True)\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True) as zombie:
+        try:
+            os.waitid(os.P_PID, zombie.pid, os.WSTOPPED)
+            newer = CheckpointStore(root, World(), keep=1)
+            save(newer, 5, best=True)
+            before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+            zombie.send_signal(signal.SIGCONT)
+            assert zombie.stdout is not None
+            said = zombie.stdout.read()
+        finally:
+            zombie.kill()
+    assert "could not be saved" in said and "older ones are kept" in said
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert find_checkpoint(root.parent).step == 5
+
+
+def test_a_newer_start_of_a_run_takes_over(tmp_path: Path) -> None:
+    """The folder is held: without job.take_over that is refused, with it the holder may write nothing more."""
+    run, held = tmp_path / "run", RunFolder(tmp_path / "run", World())
+    with held.locked():
+        held.log(step=1)
+        newer = RunFolder(run, World())
+        with pytest.raises(FolderBusyError, match=rf"{socket.gethostname()}, process {os.getpid()}.*take_over=true"):
+            newer.locked().__enter__()
+        held.log(step=2)
+        with newer.locked(JobConfig(take_over=True, check_seconds=0.01)):
+            assert "fenced off" in newer.notes[0]
+            newer.log(step=3)
+            for write in (lambda: held.log(step=4), lambda: held.write_json("evaluation.json", {})):
+                with pytest.raises(CheckpointError, match="a newer start of this run has taken over"):
+                    write()
+            newer.log(step=5)
+    lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 5]
+    assert not (run / "evaluation.json").exists()
 
 
 # A full disk.
