@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing scale soak vit-l cifar10 clean
+.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing scale soak vit-l cifar10 campaign clean
 
 help:
 	@echo "make quickstart   install, pack digits, train with OAT on two processes (or every GPU), evaluate, report"
@@ -18,6 +18,7 @@ help:
 	@echo "make scale        an index of 100 million samples: opening it, planning over it, and the memory of both"
 	@echo "make soak SPLIT=FOLDER   the loader over many epochs, and whether its memory grows"
 	@echo "make vit-l        ViT-L-16 takes steps under ZeRO-2 and ZeRO-3 on two CPU processes"
+	@echo "make campaign     faults at random moments, real ones, and whether every run ends as if nothing had happened (root)"
 	@echo "make cifar10 CIFAR10=FOLDER   the README's CIFAR-10 runs, from a folder of train/ and test/ images"
 
 $(READY): pyproject.toml constraints.txt
@@ -65,6 +66,9 @@ soak: $(READY)
 
 vit-l: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/vit_l.sh
+
+campaign: $(READY)
+	$(BIN)/python tests/campaign.py $(CAMPAIGN_FLAGS)
 
 cifar10: $(READY)
 	@test -n "$(CIFAR10)" || { echo "error: say where the images are: make cifar10 CIFAR10=FOLDER"; exit 1; }

@@ -21,6 +21,7 @@ _COMMANDS = {
     "evaluate": ("oat_dist.commands.evaluate", "accuracy of a checkpoint under every protocol"),
     "predict": ("oat_dist.commands.predict", "classify images"),
     "verify-parallel": ("oat_dist.commands.verify_parallel", "check that N ranks train exactly as one process does"),
+    "doctor": ("oat_dist.commands.doctor", "check an allocation before you trust it (start it as the training)"),
     "report": ("oat_dist.commands.report", "write the report of a run"),
 }
 

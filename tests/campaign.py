@@ -91,7 +91,7 @@ def main() -> int:
             kinds = list(FAULTS)
             faults = [*chance.sample(kinds, len(kinds)), *chance.choices(kinds, k=arguments.faults)]
             results.append(
-                harm(case, Path(folder) / str(number), data, faults[: arguments.faults], 600, arguments.seed)
+                harm(case, Path(folder) / str(number), data, faults[: arguments.faults], 400, arguments.seed)
             )
     print(table(results))
     problems = [f"{result['case']}: {problem}" for result in results for problem in result["problems"]]

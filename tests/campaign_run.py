@@ -28,7 +28,7 @@ max_steps: 400
 data: {path: unset, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}
 optim: {lr: 0.005}
 checkpoint: {every_steps: 7, keep: 3}
-engine: {threads: 1, timeout_minutes: 0.15}
+engine: {threads: 1, timeout_minutes: 5}
 job: {check_seconds: 0.05}
 eval: {every_epochs: 1, batch_size: 16}
 log: {every_steps: 1}
@@ -97,14 +97,14 @@ class Start:
             time.sleep(0.001)
         return True
 
-    def end(self) -> None:
+    def end(self, patience: float = 30.0) -> None:
         """Let the ranks end by themselves once one of them has; what is left then was stopped or hangs.
 
         ``srun --kill-on-bad-exit`` and the launchers do so, but with less patience: peers are to find out alone.
         """
         self.wait(lambda: len(self.running()) < len(self.pids), "a rank ends")
-        patience = time.monotonic() + 30
-        while self.running() and time.monotonic() < patience:
+        deadline = time.monotonic() + patience
+        while self.running() and time.monotonic() < deadline:
             time.sleep(0.01)
         self.left = self.running()
         self.kill()

@@ -11,6 +11,7 @@ from typing import Any
 from training_checks import BASE, fit
 
 from oat_dist.config import load_config
+from oat_dist.distributed import counts
 from oat_dist.engine import Engine, start_engine
 from oat_dist.pulse import Pulse
 from oat_dist.stopping import StopRequests
@@ -75,6 +76,20 @@ def cut_short(root_text: str, data: str) -> dict[str, Any]:
         "best": [whole.validation.best, resumed.validation.best],
         "finished": resumed.finished,
     }
+
+
+def beats(number: int, seconds: float) -> tuple[int, float]:
+    """How often ranks agree while they take `number` short steps, and how long that took."""
+    engine = start_engine(threads=1)
+    pulse = Pulse(engine.world, seconds=seconds)
+    counts.clear()
+    started = time.monotonic()
+    for _ in range(number):
+        assert not pulse.beat("testing")
+    engine.world.all_agree(True)
+    found = counts["maximum"], time.monotonic() - started
+    engine.close()
+    return found
 
 
 def until(root_text: str, data: str, name: str, stop: int) -> None:

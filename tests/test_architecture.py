@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run_validation",),
     ("run_facts", "parallel_check.*"),
     ("trainer",),
-    ("run_summary",),
+    ("run_summary", "doctor.*"),
     ("train", "commands.*"),
     ("cli",),
     ("launch.*", "shards.*"),

@@ -22,7 +22,7 @@ SAMPLES = {
 def test_a_harmed_run_ends_as_the_undisturbed_one(tmp_path: Path, digits: dict[str, ShardSet], case: Case) -> None:
     if os.geteuid():
         pytest.skip("needs root: a small disk is mounted and filled")
-    result = harm(case, tmp_path, digits["train"].folder.parent, SAMPLES[case], 150, seed=5)
+    result = harm(case, tmp_path, digits["train"].folder.parent, SAMPLES[case], 100, seed=5)
     assert result["problems"] == []
     assert result["finished"] and result["faults"] == SAMPLES[case]
     assert "| lost runs | 0 |" in table([result]) and "| wrong resumes | 0 |" in table([result])
@@ -32,7 +32,7 @@ def test_the_campaign_finds_what_is_wrong(tmp_path: Path, digits: dict[str, Shar
     """The control: another run passed off as the harmed one, and a start that skips a whole checkpoint."""
     data = digits["train"].folder.parent
     calm, other = (
-        Run(tmp_path / name, data, Case("ddp", "device", 1), 12, seed) for seed, name in enumerate(("calm", "other"))
+        Run(tmp_path / name, data, Case("ddp", "device", 2), 12, seed) for seed, name in enumerate(("calm", "other"))
     )
     calm.finish()
     other.finish()

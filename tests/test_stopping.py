@@ -42,6 +42,12 @@ def test_signals_are_heard_and_given_back() -> None:
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_ranks_agree_now_and_then_however_short_the_steps() -> None:
+    (agreed, took), (same, _) = run_ranks(2, "stopping_checks:beats", 20_000, 0.05)
+    assert agreed == same
+    assert 5 <= agreed <= 2 * (16 + took / 0.05)  # doubling up to the pace, then about once in 0.05 s
+
+
 _DEAF = """
 import ctypes, signal, sys
 from oat_dist.stopping import StopRequests
