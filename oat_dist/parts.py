@@ -14,7 +14,7 @@ from oat_dist.data.loader import TrainLoader
 from oat_dist.data.plan import Layout, keyed_hash_int
 from oat_dist.data.stream import StreamLoader
 from oat_dist.distributed import World
-from oat_dist.engine import Engine
+from oat_dist.engine import Engine, start_engine
 from oat_dist.errors import ConfigError
 from oat_dist.models import (
     build_model,
@@ -34,10 +34,24 @@ __all__ = [
     "build_criterion",
     "build_network",
     "check_layout",
+    "engine_for",
     "inexact",
     "learning_rate",
     "optimizer_for",
 ]
+
+
+def engine_for(config: Config) -> Engine:
+    """Start what the configuration, and where it is silent the launcher, asks for; see `start_engine`."""
+    return start_engine(
+        name=config.engine.name,
+        deepspeed=config.engine.deepspeed,
+        precision=config.engine.precision,
+        processes=config.engine.processes,
+        threads=config.engine.threads,
+        timeout_minutes=config.engine.timeout_minutes,
+        deterministic=config.deterministic,
+    )
 
 
 def build_network(

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from oat_dist.errors import ConfigError
 
-__all__ = ["StopRequests", "signal_numbers"]
+__all__ = ["StopRequests", "signal_numbers", "sigterm_unwinds"]
 
 # What schedulers, launchers and people send to ask for something.
 _CHOICES = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "XCPU")
@@ -100,6 +102,20 @@ class StopRequests:
             if self._speaks:
                 _say("stopped at once, nothing saved; the run resumes from its newest checkpoint")
             os._exit(130)  # the main thread may be deep in a collective: nothing else ends it for sure
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """For commands with nothing to save: SIGTERM (a scheduler's) ends them as Ctrl-C does, so that nothing is left."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:

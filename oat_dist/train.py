@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oat_dist.config import Config, describe_keys, load_config
-from oat_dist.engine import start_engine
 from oat_dist.errors import OatError, run_command
 from oat_dist.outcome import end_outcome, write_outcome
+from oat_dist.parts import engine_for
 from oat_dist.pulse import Pulse
 from oat_dist.run_summary import describe_layout, finish_run
 from oat_dist.stopping import StopRequests, signal_numbers
@@ -62,15 +62,7 @@ def _train(config: Config) -> int:
     stop_file = None if job.stop_file is None else Path(job.stop_file)
     requests = StopRequests(signal_numbers(job.stop_signals), stop_file, speaks=main)
     with requests.listening():
-        engine = start_engine(
-            name=config.engine.name,
-            deepspeed=config.engine.deepspeed,
-            precision=config.engine.precision,
-            processes=config.engine.processes,
-            threads=config.engine.threads,
-            timeout_minutes=config.engine.timeout_minutes,
-            deterministic=config.deterministic,
-        )
+        engine = engine_for(config)
         watchdog = Watchdog(60 * config.engine.timeout_minutes, engine.world.rank)
         with engine.peers(), watchdog.watching():
             trainer = Trainer(config, engine, Pulse(engine.world, requests, watchdog, job.check_seconds))

@@ -43,12 +43,13 @@ def some_rank(run: Run, chance: random.Random) -> int:
 
 
 def rank_dies(run: Run, chance: random.Random) -> None:
-    """kill -9 of one rank: the others must end by themselves."""
-    before, start = run.newest(), run.start()
+    """kill -9 of one rank: once they are together the others must end by themselves; before, the launcher ends them."""
+    here, before, start = run.step(), run.newest(), run.start()
     moment(run, start, chance)
+    together = run.step() > here
     start.send(signal.SIGKILL, some_rank(run, chance))
-    start.end()
-    if start.left:
+    start.end(patience=30 if together else 3)
+    if start.left and together:
         run.problems.append(f"start {run.starts}: {len(start.left)} rank(s) did not notice that another had died")
     run.check_resume(before, start)
 

@@ -4,7 +4,8 @@
 set -euo pipefail
 
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1)) # Slurm does not set it in the first one
-JOB=$(realpath -m "${OAT_JOBS:-slurm-jobs}")/${SLURM_JOB_ID:?start this with sbatch} # shared: the next attempt may run elsewhere
+# Notes for the next attempt, which may run on another node.
+JOB=$(realpath -m "${OAT_JOBS:-slurm-jobs}")/${SLURM_JOB_ID:?start this with sbatch}
 # Names of their own for every attempt: a rank that outlives one cannot speak for the next.
 STOP_FILE=$JOB/stop-$ATTEMPT OUTCOME_FILE=$JOB/outcome-$ATTEMPT
 
@@ -19,7 +20,7 @@ usage() { # TEXT
 # The batch script alone hears the signal (--signal=B:USR1), the ranks look for the file: launchers would die of it.
 asked_to_stop() { # SIGNAL
     say "asked to stop (SIG$1)"
-    touch "$STOP_FILE"
+    touch "$STOP_FILE" || : # it says why not; the ranks still run
 }
 
 read_site() {
@@ -59,8 +60,8 @@ launch() { # COMMAND ARGUMENT...: `oat-dist COMMAND` on every rank; waits, throu
         flags+=(--ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$((ranks * cores))")
         export RANKS=$((nodes * ranks)) ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-configs/accelerate/nodes.yaml}
         ((RANKS > 1)) || ACCELERATE_CONFIG=configs/accelerate/one.yaml # accelerate refuses the other for one process
-        # torchrun, which is inside accelerate, takes these from nowhere else: should a signal reach it after all, pass it
-        # on instead of dying of it, and leave the ranks the time to save (seconds).
+        # For torchrun, which is inside accelerate: should a signal reach it after all, pass it on instead of dying of
+        # it, and leave the ranks the time to save (seconds).
         export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=600
         # shellcheck disable=SC2016 # expanded in the task
         task='exec accelerate launch --config_file "$ACCELERATE_CONFIG" --num_machines "$SLURM_JOB_NUM_NODES" \
@@ -86,7 +87,8 @@ stage() {
         cp -RL "$DATA" "$STAGED.part"
         "${PYTHON:-python}" -m oat_dist.cli verify --no-decode "$STAGED.part" >/dev/null
         mv "$STAGED.part" "$STAGED"'
-    if digest=$(cat "$DATA"/*/manifest.json | sha256sum) && export DATA OAT_SCRATCH STAGED=$OAT_SCRATCH/${digest:0:16} &&
+    if digest=$(cat "$DATA"/*/manifest.json | sha256sum) &&
+        export DATA OAT_SCRATCH STAGED=$OAT_SCRATCH/${digest:0:16} &&
         srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -euc "$copy" >&2; then
         echo "$STAGED"
     else
@@ -117,6 +119,13 @@ decide() { # what comes next: the end, or the same job again
     [[ ! -e $JOB/progress ]] || read -r reached failures <"$JOB/progress" # of the attempts before
     if ((step > reached)); then progress=true reached=$step failures=0; fi
     what="$state at step $step of $total"
+    # The plain number of an array would be all of its tasks.
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    slurm=$(scontrol -o show job "$job") || : # it says why not
+    if [[ $slurm =~ \ Restarts=([0-9]+)\  ]] && ((BASH_REMATCH[1] >= ATTEMPT)); then
+        say "$what; requeued by Slurm" # the notes are the next attempt's, which may have begun
+        exit 0
+    fi
     case $state in
     finished) end 0 "$what" ;;
     refused) end 1 "refused, see the line that begins with error: (trying again would not help)" ;;
@@ -124,19 +133,13 @@ decide() { # what comes next: the end, or the same job again
     none) what="failed before any rank could say why, srun's status $STATUS" && ((++failures)) ;;
     *) what="failed after step $step of $total, srun's status $STATUS" && ((++failures)) ;;
     esac
-    if ((failures >= ${MAX_FAILURES:-3})); then
-        end 1 "$what; given up after $failures attempts in a row without progress"
+    if [[ $slurm =~ JobState=(COMPLETING|CANCELLED) && $slurm != *Reason=TimeLimit* ]]; then
+        end 1 "$what; cancelled: the same command resumes there" # requeueing would revive it
+    elif ((failures >= ${MAX_FAILURES:-3})); then
+        end 1 "$what; given up after $failures attempt(s) in a row without progress"
     fi
     echo "$reached $failures" >"$JOB/progress.new"
     mv "$JOB/progress.new" "$JOB/progress"
-    # The plain number of an array would be all of its tasks.
-    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    slurm=$(scontrol -o show job "$job")
-    case $slurm in # already ending, and why
-    *" Restarts=$ATTEMPT "*) say "$what; requeued by Slurm" && exit 0 ;;
-    *JobState=COMPLETING*Reason=TimeLimit*) ;;
-    *JobState=COMPLETING* | *JobState=CANCELLED*) end 1 "$what; cancelled: the same command resumes there" ;; # a requeue would revive it
-    esac
     say "$what; requeued"
     scontrol requeue "$job" || end 1 "Slurm does not requeue this job: submit it again, it resumes there"
     exit 0 # if Slurm does not end this script before

@@ -7,14 +7,11 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -38,6 +35,7 @@ from oat_dist.parallel_check.verdict import (
     judge,
     judge_controls,
 )
+from oat_dist.stopping import sigterm_unwinds
 
 __all__ = ["add_arguments", "main", "run"]
 
@@ -114,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_floor(config, len(train_set.classes))
     job, remarks = plan_job(config, train_set.num_samples, processes, arguments.steps)
     deadline = started + 60 * arguments.timeout_minutes
-    with tempfile.TemporaryDirectory(prefix="oat-verify-parallel-") as name, _sigterm_ends():
+    with tempfile.TemporaryDirectory(prefix="oat-verify-parallel-") as name, sigterm_unwinds():
         folder = Path(name)
         (folder / "config.yaml").write_text(to_yaml(config))
         write_job(folder, job)
@@ -210,20 +208,6 @@ def _settings(engine: str, config: Config, folder: Path) -> str | None:
     path = folder / "zero3.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     return str(path)
-
-
-@contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """SIGTERM (a scheduler's) unwinds as Ctrl-C does, so that no process and no file is left."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:

@@ -12,12 +12,9 @@ Where the processes do not come together, rank 0 does what it can alone, and say
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -30,9 +27,10 @@ from oat_dist.doctor.looks import Trouble, attempt, ranks_text
 from oat_dist.doctor.rows import FAIL, Row
 from oat_dist.doctor.walk import LAST_SECONDS, Options, Walk
 from oat_dist.doctor.wire import Meeting, meet
-from oat_dist.engine import Engine, start_engine
 from oat_dist.engine.launcher import Plan, agree
 from oat_dist.errors import ConfigError, OatError
+from oat_dist.parts import engine_for
+from oat_dist.stopping import sigterm_unwinds
 
 __all__ = ["Options", "examine"]
 
@@ -53,7 +51,7 @@ def examine(config: Config, options: Options, report: Callable[[list[Row], int],
         ConfigError: launcher and configuration ask for what cannot be, before anything is looked at.
     """
     heard = attempt(signals.look, config)  # first: nobody has changed what a signal does
-    with _sigterm_unwinds():
+    with sigterm_unwinds():
         return _examine(Walk(config, options, report, heard))
 
 
@@ -76,7 +74,7 @@ def _examine(walk: Walk) -> int:
     walk.wire = meeting.wire
     meeting.wire.guard(walk.broken_off)
     with meeting.wire.phase("starting the engine", _START_SECONDS + options.wait):
-        engine = attempt(_start, config)
+        engine = attempt(engine_for, config)
     if isinstance(engine, Trouble):
         return _did_not_start(walk, launch, meeting, engine)
     walk.engine, walk.world = engine, engine.world
@@ -96,20 +94,6 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """A scheduler's SIGTERM ends this as Ctrl-C does, so that no file is left."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _agreed(config: Config) -> Plan | Trouble:
     try:
         return agree(config.engine.name, config.engine.deepspeed, config.engine.precision)
@@ -117,18 +101,6 @@ def _agreed(config: Config) -> Plan | Trouble:
         raise
     except OatError as error:
         return Trouble.of(error)
-
-
-def _start(config: Config) -> Engine:
-    return start_engine(
-        name=config.engine.name,
-        deepspeed=config.engine.deepspeed,
-        precision=config.engine.precision,
-        processes=config.engine.processes,
-        threads=config.engine.threads,
-        timeout_minutes=config.engine.timeout_minutes,
-        deterministic=config.deterministic,
-    )
 
 
 def _do_not_meet(walk: Walk, launch: Launch, meeting: Meeting | Trouble) -> int:

@@ -12,13 +12,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["MiniCluster", "missing"]
+__all__ = ["MiniCluster", "missing", "tracking"]
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo", "squeue")
 _FREEZER = Path("/sys/fs/cgroup/freezer")
@@ -83,6 +84,11 @@ def missing() -> str | None:
     return None
 
 
+def tracking() -> str:
+    """How Slurm can keep track of processes here: as clusters do, or by who is whose child."""
+    return "cgroup" if os.access(_FREEZER / "cgroup.procs", os.W_OK) else "linuxproc"
+
+
 class MiniCluster:
     """A running cluster of `nodes` nodes with 4 (claimed) cores each: ``with MiniCluster() as cluster``.
 
@@ -101,10 +107,15 @@ class MiniCluster:
             "PATH": _path(),
             "SLURM_CONF": str(self.folder / "slurm.conf"),
         }
-        self.tracking = (
-            "cgroup" if os.access(_FREEZER, os.W_OK) and (_FREEZER / "cgroup.procs").exists() else "linuxproc"
-        )
         self._closing = threading.Event()
+        # Clears away at the end of its input, so also when this process is killed.
+        self._undertaker = subprocess.Popen(
+            [sys.executable, __file__, str(self.folder), *self.nodes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def __enter__(self) -> MiniCluster:
         try:
@@ -157,6 +168,11 @@ class MiniCluster:
         """Send a signal to the job's batch script alone, as Slurm does before a time limit."""
         self._run("scancel", "--batch", f"--signal={name}", job)
 
+    def seconds_run(self, job: str) -> int:
+        """Since its attempt has started."""
+        hours, minutes, seconds = map(int, self.show(job)["RunTime"].split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+
     def time_limit(self, job: str, minutes: int) -> None:
         self._run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
 
@@ -174,24 +190,13 @@ class MiniCluster:
     def ranks(self, job: str) -> dict[int, int]:
         """The processes of a job's ranks: rank -> process id. Of an array's task, `job` is its own number."""
         found = {}
-        for pid in self.processes():
+        for pid in processes(self.folder):
             with contextlib.suppress(OSError):
                 environment = dict(
                     word.partition("=")[::2] for word in Path(f"/proc/{pid}/environ").read_text().split("\0")
                 )
                 if environment.get("SLURM_JOB_ID") == job and "RANK" in environment:
                     found[int(environment["RANK"])] = pid
-        return found
-
-    def processes(self) -> dict[int, str]:
-        """Every process on this machine that belongs to this cluster: its daemons and all they have started."""
-        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and int(entry.name) != os.getpid():
-                with contextlib.suppress(OSError):
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
     # Up and down.
@@ -211,7 +216,7 @@ class MiniCluster:
         values = {
             "folder": self.folder,
             "host": socket.gethostname(),
-            "tracking": self.tracking,
+            "tracking": tracking(),
             "network": self._network,
             "port": self._ports[0],
             "first_port": self._ports[1],
@@ -248,18 +253,7 @@ class MiniCluster:
             self._run("scancel", "--full", "--signal=KILL", "--user=root")
             self._run("scancel", "--user=root")
             _gone(lambda: self._run("squeue", "-h").split(), seconds=15)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in self.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            if _gone(self.processes, seconds=10):
-                break
-        left: list[object] = list(self.processes().items())
-        for node in self.nodes:
-            for path, _, _ in os.walk(_FREEZER / f"slurm_{node}", topdown=False):  # Slurm leaves them behind, empty
-                Path(path).rmdir()
-        left += [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.folder) in line]
-        shutil.rmtree(self.folder)
+        left, _ = self._undertaker.communicate()
         if left:
             raise AssertionError(f"the cluster has left behind: {left}")
 
@@ -292,6 +286,37 @@ def _free_ports(count: int) -> list[int]:
     raise AssertionError("no row of free ports")
 
 
+def processes(folder: Path) -> dict[int, str]:
+    """Every process on this machine that belongs to the cluster in `folder`: its daemons and all they have started."""
+    mark = f"SLURM_CONF={folder}/slurm.conf".encode()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def _clear_away(folder: Path, nodes: list[str]) -> list[object]:
+    """End and remove what there is of a cluster; what would not go."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in processes(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if _gone(lambda: processes(folder), seconds=10):
+            break
+    left: list[object] = list(processes(folder).items())
+    for group in (_FREEZER / f"slurm_{node}" for node in nodes):
+        for path, _, _ in os.walk(group, topdown=False):  # Slurm leaves them behind, empty
+            with contextlib.suppress(OSError):
+                Path(path).rmdir()
+        left += [group] if group.exists() else []
+    left += [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(folder) in line]
+    shutil.rmtree(folder)
+    return left
+
+
 def _gone(left: Callable[[], object], seconds: float) -> bool:
     """Wait until there is nothing left."""
     deadline = time.monotonic() + seconds
@@ -300,3 +325,8 @@ def _gone(left: Callable[[], object], seconds: float) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    print(*_clear_away(Path(sys.argv[1]), sys.argv[2:]), end="")
