@@ -54,7 +54,6 @@ launch() { # COMMAND ARGUMENT...: `oat-dist COMMAND` on every rank; waits, throu
         flags+=(--ntasks="$WORLD_SIZE" --ntasks-per-node="$ranks" --cpus-per-task="$cores")
         # shellcheck disable=SC2016 # expanded in the task; exec, so that signals reach the rank
         task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "${PYTHON:-python}" -u -m oat_dist.cli "$@"'
-        ((WORLD_SIZE > 1)) || task='unset WORLD_SIZE; '${task#*; } # a process alone is not a group of one to accelerate
         ;;
     accelerate) # a task is a launcher, of all ranks of its node
         flags+=(--ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$((ranks * cores))")

@@ -157,10 +157,10 @@ def _check(accelerator: Accelerator, world: World, plan: Plan, asked: int, proce
         )
     if plan.stage:
         expected = {DistributedType.DEEPSPEED}
-    elif world.size == 1:
-        expected = {DistributedType.NO}
     else:
         expected = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+        if world.size == 1:  # a launcher of one process makes a group of one, plain python none
+            expected |= {DistributedType.NO}
     if accelerator.distributed_type not in expected:
         raise LaunchError(
             f"asked for engine.name={plan.engine} on {world.size} process(es), Accelerate started "
