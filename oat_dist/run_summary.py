@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oat_dist.report import write_report
-
 if TYPE_CHECKING:
     from oat_dist.trainer import Trainer
 
@@ -49,6 +47,8 @@ def finish_run(trainer: Trainer) -> None:
         print(f"\nstopped   at step {trainer.step:,} of {trainer.total_steps:,} ({trainer.pulse.stopping}), {saved}")
         print("next      the same command goes on from there")
         return
+    from oat_dist.report import write_report  # with matplotlib: a second that every rank would pay at its start
+
     report = write_report(folder)
     config = trainer.config
     print(
