@@ -22,6 +22,7 @@ from campaign_faults import FAULTS, small_disk
 from campaign_run import Case, Run
 
 from oat_dist.commands import pack
+from oat_dist.stopping import sigterm_unwinds
 
 CASES = (
     Case("ddp", "device", 2),
@@ -79,7 +80,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
     started, results = time.monotonic(), []
-    with tempfile.TemporaryDirectory(prefix="oat-campaign-") as folder:
+    with sigterm_unwinds(), tempfile.TemporaryDirectory(prefix="oat-campaign-") as folder:
         data = Path(folder) / "digits"
         if pack.main(["digits", "-", str(data), "--workers", "1"]):
             return 1

@@ -130,10 +130,12 @@ def disk_full(run: Run, chance: random.Random) -> None:
 
 def checkpoint_damaged(run: Run, chance: random.Random) -> None:
     """A byte flipped, a file cut short or gone, in the newest checkpoint: it must be named, and the one before used."""
-    steps = sorted(int(path.name[5:]) for path in run.checkpoints.glob("step-*"))
-    if len(steps) < 2:  # never all there is
-        rank_dies(run, chance)
-        return
+    if len(_saved(run)) < 2:  # never all there is: first let it save once more
+        before, start = run.newest(), run.start()
+        start.wait(lambda: len(_saved(run)) > 1, "two checkpoints")
+        start.kill()
+        run.check_resume(before, start)
+    steps = _saved(run)
     folder = run.checkpoints / f"step-{steps[-1]}"
     path = chance.choice(sorted(folder.iterdir()))
     how = chance.choice(("flip", "cut", "gone"))
@@ -156,6 +158,10 @@ def checkpoint_damaged(run: Run, chance: random.Random) -> None:
     if start.outcome() and not ("passed over a checkpoint" in start.said() and named):
         run.problems.append(f"start {run.starts}: damage of {path.name} ({how}) was not named:\n{start.said()}")
     run.check_resume(before, start)
+
+
+def _saved(run: Run) -> list[int]:
+    return sorted(int(path.name[5:]) for path in run.checkpoints.glob("step-*"))
 
 
 def zombie(run: Run, chance: random.Random) -> None:
