@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -79,6 +80,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="begin no further run after these (default 30)")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
+    if os.geteuid():
+        parser.error("must be run as root: it mounts a small disk, and fills it")
     started, results = time.monotonic(), []
     with sigterm_unwinds(), tempfile.TemporaryDirectory(prefix="oat-campaign-") as folder:
         data = Path(folder) / "digits"
