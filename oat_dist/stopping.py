@@ -91,14 +91,14 @@ class StopRequests:
 
     def _hear(self, number: signal.Signals) -> None:
         self.heard = self.heard or number
-        if number != signal.SIGINT:
-            return
         now = time.monotonic()
         if self._interrupted_at is None:
-            self._interrupted_at = now
-            if self._speaks:
-                _say("stopping after this step, and saving (Ctrl-C again: stop at once, without saving)")
-        elif now - self._interrupted_at > _SAME_SECONDS:
+            if number == signal.SIGINT:
+                self._interrupted_at = now
+                if self._speaks:
+                    _say("stopping after this step, and saving (Ctrl-C again: stop at once, without saving)")
+        # torchrun and accelerate pass a second Ctrl-C on as SIGTERM.
+        elif number in (signal.SIGINT, signal.SIGTERM) and now - self._interrupted_at > _SAME_SECONDS:
             if self._speaks:
                 _say("stopped at once, nothing saved; the run resumes from its newest checkpoint")
             os._exit(130)  # the main thread may be deep in a collective: nothing else ends it for sure

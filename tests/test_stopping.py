@@ -52,7 +52,7 @@ _DEAF = """
 import ctypes, signal, sys
 from oat_dist.stopping import StopRequests
 
-with StopRequests([signal.SIGINT, signal.SIGUSR1], speaks=True).listening():
+with StopRequests([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], speaks=True).listening():
     print("ready", flush=True)
     libc = ctypes.CDLL(None)
     for _ in range(600):
@@ -60,7 +60,8 @@ with StopRequests([signal.SIGINT, signal.SIGUSR1], speaks=True).listening():
 """
 
 
-def test_a_second_interrupt_ends_a_process_that_is_deep_in_foreign_code() -> None:
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # the latter through torchrun
+def test_a_second_interrupt_ends_a_process_that_is_deep_in_foreign_code(second: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", _DEAF], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -73,7 +74,7 @@ def test_a_second_interrupt_ends_a_process_that_is_deep_in_foreign_code() -> Non
         process.send_signal(signal.SIGUSR1)  # no Ctrl-C
         time.sleep(0.5)
         assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(second)
         assert process.wait(timeout=30) == 130
         assert "stopped at once, nothing saved" in process.stderr.read()
 
