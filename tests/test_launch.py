@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import HERE, run_ranks, single_environment, start, stop
+from ranks import HERE, free_port, rank_environment, run_ranks, single_environment, start, stop
 from training_checks import BASE
 
 from oat_dist.data.index import ShardSet
@@ -195,3 +195,32 @@ def test_launches_that_would_lie_are_refused() -> None:
     assert "use bf16" in messages["fp16"]
     assert "engine.precision=no" in messages["precision"] and "--mixed_precision bf16" in messages["precision"]
     assert messages["none"] is None
+
+
+def test_a_meeting_that_fails_is_one_line(tmp_path: Path, digits: dict[str, ShardSet]) -> None:
+    """Rank 0 dies while it starts, when the other has just come."""
+    (tmp_path / "config.yaml").write_text(BASE)
+    dies = (
+        "import datetime, os, sys, torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', int(sys.argv[1]), 2, True, datetime.timedelta(seconds=90))\n"
+        "os._exit(9)\n"  # made once both are there
+    )
+    port = free_port()
+    arguments = [f"data.path={digits['train'].folder.parent}", f"output_dir={tmp_path / 'run'}"]
+    with (
+        subprocess.Popen([sys.executable, "-c", dies, str(port)]) as first,
+        subprocess.Popen(
+            [sys.executable, TRAIN, str(tmp_path / "config.yaml"), *arguments],
+            env=rank_environment(1, 2, port),
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as second,
+    ):
+        try:
+            _, stderr = second.communicate(timeout=90)
+        finally:
+            first.kill()
+            second.kill()
+    assert second.returncode == 2, stderr
+    assert "Traceback" not in stderr
+    assert f"error: the processes could not meet at 127.0.0.1:{port} (" in stderr and "oat-dist doctor" in stderr

@@ -58,7 +58,7 @@ def start_engine(
 
     Raises:
         LaunchError: another engine, precision or number of processes than asked for; ranks that do not see each
-            other. Names the remedy.
+            other, or do not meet. Names the remedy.
         ConfigError: an unusable DeepSpeed file.
     """
     plan = agree(name, deepspeed, precision)
@@ -81,7 +81,16 @@ def start_engine(
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     timeout = datetime.timedelta(minutes=timeout_minutes + 1)
-    accelerator = _deepspeed(plan, cpu, timeout) if plan.stage else _data_parallel(plan, cpu, timeout)
+    try:
+        accelerator = _deepspeed(plan, cpu, timeout) if plan.stage else _data_parallel(plan, cpu, timeout)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "connectFullMesh" in str(error)):
+            raise
+        raise LaunchError(
+            f"the processes could not meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"({str(error).splitlines()[0]}): one has ended while starting, or the network between them is not the one "
+            "meant (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); oat-dist doctor, started likewise, says which"
+        ) from error
     if cpu or threads is not None:
         torch.set_num_threads(share)
     world = World(
