@@ -61,6 +61,7 @@ class Start:
             *(str(run.config), *run.overrides),
             *(f"job.outcome_file={self.outcome_file}", f"job.stop_file={self.stop_file}", *overrides),
         ]
+        self.left: list[int] = []  # ranks that did not end by themselves
         port = free_port()
         server = rank_server()
         self.codes: dict[int, int | None] = {}
@@ -142,6 +143,7 @@ class Run:
     steps: int
     seed: int = 0
     starts: int = 0
+    events: int = 0  # starts and resumes in the log that have been looked at
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -202,8 +204,7 @@ class Run:
     def check_resume(self, expected: int, start: Start) -> None:
         """A start must have gone on from the newest whole checkpoint there was, if it came so far at all."""
         events = [line for line in self.lines() if line.get("event") in ("start", "resume")]
-        known = getattr(self, "_events", 0)
-        self._events = len(events)
+        known, self.events = self.events, len(events)
         for event in events[known:]:
             if event["step"] != expected:
                 self.problems.append(f"start {self.starts} went on from step {event['step']}, not from {expected}")

@@ -92,7 +92,7 @@ def beats(number: int, seconds: float) -> tuple[int, float]:
     return found
 
 
-def until(root_text: str, data: str, name: str, stop: int) -> None:
+def until(root_text: str, data: str, name: str, stop: int, *overrides: str) -> None:
     """Some steps of a run with a global batch that most numbers of ranks do not divide."""
     engine = start_engine(threads=1)
     fit(
@@ -101,6 +101,7 @@ def until(root_text: str, data: str, name: str, stop: int) -> None:
         data,
         name,
         *("batch_size=47", "anchor.scope=global", "pretrain_epochs=0", "log.every_steps=1", f"max_steps={stop}"),
+        *overrides,
     )
     engine.close()
 

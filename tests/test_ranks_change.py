@@ -23,5 +23,6 @@ def test_four_then_two_then_three_ranks_are_one_run(tmp_path: Path, digits: dict
     assert [line["loss"] for line in moved] == pytest.approx([line["loss"] for line in calm], rel=1e-5)
     start, expected = initial_weights(), flat(tmp_path / "calm")
     assert float((flat(tmp_path / "moved") - expected).norm() / (expected - start).norm()) <= 5e-5
-    # the control: another seed is another order and another network
-    assert expected.norm() > 0 and float((expected - start).norm()) > 1e-3
+    # the control: the same samples in the same order, but with an anchor for each rank
+    run_ranks(3, "stopping_checks:until", str(tmp_path), packed(digits), "other", 15, "anchor.scope=device")
+    assert float((flat(tmp_path / "other") - expected).norm() / (expected - start).norm()) > 1e-3
