@@ -67,12 +67,7 @@ def final_files(run: Path) -> dict[str, bytes]:
 def initial_weights() -> torch.Tensor:
     """Those of seed 0, the default."""
     torch.manual_seed(0)
-    return joined(build_model("lightweight", 10).state_dict())
-
-
-def joined(state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All weights in one row, by name: a file does not keep the network's own order."""
-    return torch.cat([state[name].double().flatten() for name in sorted(state)])
+    return torch.cat([value.double().flatten() for value in build_model("lightweight", 10).state_dict().values()])
 
 
 def _last_fingerprint(run: Path) -> tuple[int, str]:
@@ -80,7 +75,7 @@ def _last_fingerprint(run: Path) -> tuple[int, str]:
 
 
 def flat(run: Path) -> torch.Tensor:
-    return joined(weights(run))
+    return torch.cat([value.double().flatten() for value in weights(run).values()])
 
 
 @pytest.mark.parametrize(
