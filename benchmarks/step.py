@@ -1,4 +1,5 @@
-"""Our training step over a bare PyTorch loop, and our loss over ``F.cross_entropy``: ratios by process CPU time.
+"""Our training step over a bare PyTorch loop, and our loss over ``F.cross_entropy``: ratios of process CPU time, or of
+the time until a GPU has done the work.
 
     make bench          (or: python benchmarks/step.py [--repeats 15])
 
@@ -27,9 +28,11 @@ from oat_dist.config import load_config
 from oat_dist.data.packing import write_splits
 from oat_dist.data.sources import SOURCES
 from oat_dist.engine import start_engine
+from oat_dist.engine.launcher import is_true
 from oat_dist.models import Lightweight
 from oat_dist.trainer import Trainer
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not is_true("ACCELERATE_USE_CPU") else "cpu")
 Side = Callable[[], object]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,15 +43,23 @@ def ratios(sides: dict[str, Side], calls: int, repeats: int) -> dict[str, list[f
     for repeat in range(repeats + 1):
         seconds = {}
         for name, side in sides.items():
-            started = time.process_time()
+            started = _now()
             for _ in range(calls):
                 side()
-            seconds[name] = time.process_time() - started
+            seconds[name] = _now() - started
         if repeat:  # the first one warms up
             base = seconds[next(iter(sides))]
             for name, value in seconds.items():
                 found[name].append(value / base)
     return found
+
+
+def _now() -> float:
+    """Seconds; on a GPU once it is done, since the CPU only asks for the work."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def show(title: str, found: dict[str, list[float]]) -> None:
@@ -64,8 +75,8 @@ def naive(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 def losses(repeats: int) -> None:
     for batch, classes in ((32, 10), (256, 1000), (1024, 1000), (32, 21841)):
-        logits_BC = torch.randn(batch, classes, requires_grad=True)
-        labels_B = torch.randint(0, classes, (batch,))
+        logits_BC = torch.randn(batch, classes, device=DEVICE, requires_grad=True)
+        labels_B = torch.randint(0, classes, (batch,), device=DEVICE)
         compared: dict[str, Loss] = {"F.cross_entropy": F.cross_entropy}
         for center in CENTERS:
             compared[f"OATLoss {center}"] = OATLoss(classes, center)
@@ -104,11 +115,11 @@ def steps(repeats: int) -> None:
 
 def _bare(window: Window, trainer: Trainer, phase: str) -> Side:
     """What one would write by hand with the same loss and the same normalisation on the device."""
-    model = Lightweight(10)
+    model = Lightweight(10).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     criterion: Loss = OATLoss(10) if phase == "OAT" else F.cross_entropy
     batch = window.batches[0]
-    images_BHWC, labels_B, normalise = batch.images_BHWC, batch.labels_B, trainer.data.normalise
+    images_BHWC, labels_B, normalise = batch.images_BHWC, batch.labels_B.to(DEVICE), trainer.data.normalise
 
     def step() -> None:
         loss = criterion(model(normalise(images_BHWC)), labels_B)
@@ -123,6 +134,8 @@ def _ours(window: Window, trainer: Trainer) -> Side:
     """A step as `Trainer` takes it, with its metrics."""
 
     def step() -> None:
+        if trainer.meter.steps == trainer.steps_per_epoch:
+            trainer.meter.flush()  # as at the end of an epoch
         norm = trainer.train_step(window)
         trainer.meter.end_step(window, 0.0, trainer.objective.anchors(), norm)
 
@@ -135,7 +148,8 @@ def main() -> int:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, one CPU thread, median (smallest to largest) of {repeats} repeats")
+    where = "one CPU thread" if DEVICE.type == "cpu" else torch.cuda.get_device_name()
+    print(f"torch {torch.__version__}, {where}, median (smallest to largest) of {repeats} repeats")
     steps(repeats)
     losses(repeats)
     return 0

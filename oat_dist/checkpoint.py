@@ -39,6 +39,7 @@ from oat_dist.files import fsync_folder, sha256_file, write_atomic
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
+    "chosen_checkpoint",
     "find_checkpoint",
     "has_checkpoints",
 ]
@@ -122,6 +123,25 @@ def find_checkpoint(path: Path) -> Checkpoint:
         why = f"; {damaged[0]}" if damaged else ""
         raise CheckpointError(f"{path}: no valid checkpoint in this run folder{why}")
     return newest
+
+
+def chosen_checkpoint(run: Path, name: str | None) -> Checkpoint:
+    """The checkpoint `name` of a run folder: latest (also None), best or step-<n>.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if name is None or name == "latest":
+        return find_checkpoint(run)
+    if name == "best":
+        path = run / "checkpoints" / "best"
+        try:
+            name = path.read_text().strip()
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: this run has no best checkpoint yet; use --checkpoint latest") from None
+    if not name.startswith("step-"):
+        raise CheckpointError(f"--checkpoint {name}: must be latest, best or step-<n>")
+    return find_checkpoint(run / "checkpoints" / name)
 
 
 def has_checkpoints(run: Path) -> bool:

@@ -20,6 +20,7 @@ _COMMANDS = {
     "train": ("oat_dist.train", "train (start it with accelerate launch for several processes)"),
     "evaluate": ("oat_dist.commands.evaluate", "accuracy of a checkpoint under every protocol"),
     "predict": ("oat_dist.commands.predict", "classify images"),
+    "export": ("oat_dist.commands.export", "write a model as ONNX, torch.export or portable files, checked"),
     "verify-parallel": ("oat_dist.commands.verify_parallel", "check that N ranks train exactly as one process does"),
     "doctor": ("oat_dist.commands.doctor", "check an allocation before you trust it (start it as the training)"),
     "report": ("oat_dist.commands.report", "write the report of a run"),
@@ -31,6 +32,7 @@ examples:
   oat-dist inspect packed/digits
   oat-dist train configs/quickstart.yaml
   oat-dist evaluate runs/quickstart
+  oat-dist export runs/quickstart exported/digits
   oat-dist verify-parallel configs/quickstart.yaml
 
 oat-dist COMMAND --help explains a command.

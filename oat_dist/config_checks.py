@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 
 from oat_dist.anchor import CENTERS, default_floor
@@ -14,10 +15,12 @@ from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS, parse_augment
 from oat_dist.data.mixing import MAX_ALPHA, MIN_ALPHA, MIXES
 from oat_dist.data.remote.fetch import is_url, shown
 from oat_dist.engine.launcher import ENGINES, PRECISIONS
+from oat_dist.engine.trackers import parse_trackers
 from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
+from oat_dist.profiling import parse_steps
 from oat_dist.stopping import signal_numbers
 from oat_dist.window_step import SPANS
 
@@ -33,7 +36,10 @@ def check(config: Config) -> None:
     _choice("optim.schedule", optim.schedule, SCHEDULES)
     _choice("anchor.center", anchor.center, CENTERS)
     _choice("anchor.scope", anchor.scope, SCOPES)
-    _choice("eval.protocol", config.eval.protocol, PROTOCOLS)
+    own = ("balanced",) if config.anchor.center == "prior" else ()
+    if config.eval.protocol == "balanced" and not own:
+        raise ConfigError("eval.protocol=balanced needs anchor.center=prior, whose anchor is a class prior")
+    _choice("eval.protocol", config.eval.protocol, (*PROTOCOLS, *own))
     needs_path = data.mode == "shards" or data.eval_split is not None
     for name, text in (("output_dir", config.output_dir), ("data.path", data.path)):
         if not text and (needs_path or name != "data.path"):
@@ -113,6 +119,21 @@ def check(config: Config) -> None:
     _choice("anchor.span", anchor.span, SPANS)
     if anchor.floor is not None and not anchor.floor >= 0:
         raise ConfigError(f"anchor.floor must be at least 0, not {anchor.floor}")
+    _check_log(config)
+
+
+def _check_log(config: Config) -> None:
+    log = config.log
+    parse_trackers(log.trackers)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,99}", log.project):
+        raise ConfigError(
+            "log.project is a name of letters, digits, spaces, _, . and -, beginning with a letter or digit, "
+            f"not {log.project!r}"
+        )
+    if log.profile_steps is not None:
+        parse_steps(log.profile_steps)
+    elif log.profile_all_ranks:
+        raise ConfigError("log.profile_all_ranks needs log.profile_steps, the first and the last step, such as 10-15")
 
 
 def _check_data(config: Config) -> None:

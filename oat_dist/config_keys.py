@@ -11,6 +11,7 @@ from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS
 from oat_dist.data.images.transforms import AUGMENTATIONS
 from oat_dist.data.mixing import MIXES
 from oat_dist.engine.launcher import ENGINES
+from oat_dist.engine.trackers import TRACKERS
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
@@ -141,12 +142,18 @@ class EvalConfig:
     batch_size: int = _key(256, "forward batch of each process; changes speed only, never the answer")
     group_size: int = _key(32, "protocol batch: samples that share an anchor")
     seed: int = _key(0, "protocol batch: seed of the permutation that forms the groups")
-    protocol: str = _key("batch", f"chooses the best checkpoint of the OAT phase: one of {', '.join(PROTOCOLS)}")
+    protocol: str = _key(
+        "batch", f"chooses the best checkpoint of OAT: {', '.join(PROTOCOLS)}; center prior: also balanced"
+    )
 
 
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = _key(50, "steps between lines of metrics.jsonl")
+    trackers: str = _key("none", f"none, all (those installed), or by spaces any of {', '.join(TRACKERS)}")
+    project: str = _key("oat_dist", "trackers list the run under this name")
+    profile_steps: str | None = _key(None, "first and last step to profile, such as 10-15: a trace in RUN/profile")
+    profile_all_ranks: bool = _key(False, "profile every rank, not rank 0 alone")
 
 
 @dataclass(frozen=True)

@@ -8,29 +8,38 @@ One forward pass collects the logits of every sample on rank 0; every protocol i
 * ``dataset``: one anchor for all samples.
 * ``stored``: the mean training anchor, frozen with the checkpoint: one image in, one answer out.
 * ``argmax``: the largest logit; the only one for a network trained with cross-entropy.
+
+Under the center "prior" the anchor stands for the class prior of training, and others may take its place:
+* ``balanced``: the same share for every class.
+* ``given``: shares that the user names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from oat_dist.anchor import invert
+from oat_dist.answers import probabilities_of
 from oat_dist.batch import Batch
 from oat_dist.data.plan import EpochOrder
 from oat_dist.distributed import World
 from oat_dist.errors import DataError, not_finite
 from oat_dist.objectives import oat_scores
+from oat_dist.results import Details, Evaluation, ProtocolResult
 
-__all__ = ["PROTOCOLS", "Evaluation", "Outputs", "ProtocolResult", "collect", "judge"]
+__all__ = ["PRIOR_PROTOCOLS", "PROTOCOLS", "Outputs", "collect", "judge"]
 
 PROTOCOLS = ("batch", "single", "dataset", "stored")
+PRIOR_PROTOCOLS = ("balanced", "given")  # of the center "prior", besides
 # Logits move by 4e-8 between forward batch sizes: two scores nearer than this may swap.
 TIE = 1e-5
+TOP = 5
+_SLICE = 1 << 22  # scores turned into probabilities at a time
 
 
 @dataclass(frozen=True)
@@ -40,50 +49,6 @@ class Outputs:
     logits_NC: Tensor
     labels_N: Tensor
     valid_N: Tensor
-
-
-@dataclass(frozen=True)
-class ProtocolResult:
-    """Predicted classes (N,) of the evaluated samples and how many are right; `ties` are ids too close to call."""
-
-    predicted_N: Tensor
-    correct: int
-    total: int
-    ties: list[int]
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results by protocol, with the ids and labels they refer to."""
-
-    ids_N: Tensor
-    labels_N: Tensor
-    protocols: dict[str, ProtocolResult] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "  ".join(f"{name} {result.accuracy:.2%}" for name, result in self.protocols.items())
-
-    def summary(self, classes: list[str]) -> dict[str, Any]:
-        """What goes into evaluation.json."""
-        num_classes = len(classes)
-        count_C = torch.bincount(self.labels_N, minlength=num_classes)
-        per_class = {}
-        for name, result in self.protocols.items():
-            right_C = torch.bincount(self.labels_N[result.predicted_N == self.labels_N], minlength=num_classes)
-            per_class[name] = (right_C / count_C.clamp(min=1)).tolist()
-        return {
-            "class_names": classes,
-            "total": len(self.labels_N),
-            "protocols": {
-                name: {"accuracy": result.accuracy, "correct": result.correct, "ties": result.ties}
-                for name, result in self.protocols.items()
-            },
-            "per_class": per_class,
-        }
 
 
 def collect(
@@ -141,6 +106,9 @@ def judge(
     stored_anchor_C: Tensor | None = None,
     group_size: int = 32,
     seed: int = 0,
+    num_seeds: int = 0,
+    prior_C: Tensor | None = None,
+    temperatures: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Every protocol from one set of outputs. Undecodable samples take no part.
 
@@ -149,31 +117,80 @@ def judge(
         floor: the anchor floor of training.
         stored_anchor_C: None leaves protocol "stored" out.
         group_size, seed: of protocol "batch".
+        num_seeds: 0: labels alone. From 1 on also probabilities and what is made of them (`Details`), and protocol
+            "batch" under so many seeds, counting up from `seed`.
+        prior_C: center "prior": the class prior (C,) of protocol "given"; None leaves it out.
+        temperatures: by protocol, as fitted on held-out data; the probabilities of the others are not calibrated.
     """
     if not bool(outputs.valid_N.any()):
         raise DataError("no sample of the evaluation split can be decoded; run shards/verify.py on the data set")
-    ids_N = torch.arange(len(outputs.valid_N))[outputs.valid_N]
+    every, detailed = len(outputs.valid_N), num_seeds > 0
+    ids_N = torch.arange(every)[outputs.valid_N]
     logits_NC, labels_N = outputs.logits_NC[ids_N], outputs.labels_N[ids_N]
+    undecodable = every - len(ids_N)
+
+    def result(name: str, scores_NC: Tensor) -> ProtocolResult:
+        temperature = (temperatures or {}).get(name)
+        probabilities = partial(probabilities_of, softmax=name == "argmax", temperature=temperature)
+        return _result(scores_NC, labels_N, ids_N, probabilities if detailed else None)
+
     if center is None:
-        return Evaluation(ids_N, labels_N, {"argmax": _result(logits_NC, labels_N, ids_N)})
-    # The permutation is of all sample ids: it does not move when one image is bad.
-    order_N = torch.from_numpy(EpochOrder(len(outputs.valid_N), seed, 0).ids(0, len(outputs.valid_N)).copy())
-    order_N = order_N[outputs.valid_N[order_N]]
-    batch_scores_NC = torch.empty_like(outputs.logits_NC)
-    batch_scores_NC[order_N] = oat_scores(outputs.logits_NC[order_N], center, floor, group_size)
-    results = {"batch": _result(batch_scores_NC[ids_N], labels_N, ids_N)}
-    del batch_scores_NC  # one protocol at a time: each score is as large as the outputs
-    results["single"] = _result(oat_scores(logits_NC, center, floor, 1), labels_N, ids_N)
-    results["dataset"] = _result(oat_scores(logits_NC, center, floor), labels_N, ids_N)
+        return Evaluation(ids_N, labels_N, {"argmax": result("argmax", logits_NC)}, undecodable)
+
+    def batch_scores(seed: int) -> Tensor:
+        # The permutation is of all sample ids: it does not move when one image is bad.
+        order_N = torch.from_numpy(EpochOrder(every, seed, 0).ids(0, every).copy())
+        order_N = order_N[outputs.valid_N[order_N]]
+        scores_NC = torch.empty_like(outputs.logits_NC)
+        scores_NC[order_N] = oat_scores(outputs.logits_NC[order_N], center, floor, group_size)
+        return scores_NC[ids_N]
+
+    # One protocol at a time: each score is as large as the outputs.
+    results = {"batch": result("batch", batch_scores(seed))}
+    if detailed:
+        other = [batch_scores(seed + number).argmax(dim=1) for number in range(1, num_seeds)]
+        accuracies = [float((predicted_N == labels_N).double().mean()) for predicted_N in other]
+        results["batch"] = _with_seeds(results["batch"], accuracies)
+    results["single"] = result("single", oat_scores(logits_NC, center, floor, 1))
+    results["dataset"] = result("dataset", oat_scores(logits_NC, center, floor))
     if stored_anchor_C is not None:
-        results["stored"] = _result(invert(logits_NC, stored_anchor_C.double()), labels_N, ids_N)
-    return Evaluation(ids_N, labels_N, results)
+        results["stored"] = result("stored", invert(logits_NC, stored_anchor_C.double()))
+    if center == "prior":
+        results["balanced"] = result("balanced", (logits_NC + 1) / logits_NC.shape[1])
+        if prior_C is not None:
+            results["given"] = result("given", invert(logits_NC, prior_C.double()))
+    return Evaluation(ids_N, labels_N, results, undecodable)
 
 
-def _result(scores_NC: Tensor, labels_N: Tensor, ids_N: Tensor) -> ProtocolResult:
+def _result(
+    scores_NC: Tensor, labels_N: Tensor, ids_N: Tensor, probabilities: Callable[[Tensor], Tensor] | None
+) -> ProtocolResult:
     predicted_N = scores_NC.argmax(dim=1)
     ties: list[int] = []
     if scores_NC.shape[1] > 1:
         best_N2 = scores_NC.topk(2, dim=1).values
         ties = ids_N[(best_N2[:, 0] - best_N2[:, 1]) < TIE].tolist()
-    return ProtocolResult(predicted_N, int((predicted_N == labels_N).sum()), len(labels_N), ties)
+    details = None if probabilities is None else _details(scores_NC, labels_N, predicted_N, probabilities)
+    return ProtocolResult(predicted_N, int((predicted_N == labels_N).sum()), len(labels_N), ties, details)
+
+
+def _details(
+    scores_NC: Tensor, labels_N: Tensor, predicted_N: Tensor, probabilities: Callable[[Tensor], Tensor]
+) -> Details:
+    """In slices of rows: probabilities take several times the memory of the scores."""
+    brier, top5, confidences = 0.0, 0, []
+    rows = max(_SLICE // scores_NC.shape[1], 1)
+    parts = (tensor.split(rows) for tensor in (scores_NC, labels_N, predicted_N))
+    for scores_BC, labels_B, predicted_B in zip(*parts, strict=True):
+        chances_BC = probabilities(scores_BC)
+        confidences.append(chances_BC.gather(1, predicted_B[:, None])[:, 0].float())
+        own_B = chances_BC.gather(1, labels_B[:, None])[:, 0]
+        brier += float((chances_BC.square().sum(dim=1) - 2 * own_B + 1).sum())
+        if scores_NC.shape[1] > TOP:
+            top5 += int((scores_BC.topk(TOP, dim=1).indices == labels_B[:, None]).sum())
+    return Details(torch.cat(confidences), brier / len(labels_N), top5 if scores_NC.shape[1] > TOP else None)
+
+
+def _with_seeds(first: ProtocolResult, others: list[float]) -> ProtocolResult:
+    assert first.details is not None
+    return replace(first, details=replace(first.details, seeds=(first.accuracy, *others)))

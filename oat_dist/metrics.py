@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -35,6 +36,11 @@ class AnchorMean:
         self.finished_X = world.all_reduce(self.running_X.clone())
         self.running_X.zero_()
 
+    def finished(self) -> list[float] | None:
+        """The mean anchor (C) of the last whole epoch, the same on all ranks; None when no anchor was in it."""
+        count = float(self.finished_X[-1])
+        return (self.finished_X[:-1] / count).tolist() if count else None
+
     def value(self, world: World) -> Tensor | None:
         """The mean anchor (C,) in float64 on the CPU, the same on all ranks; None before the first anchor."""
         total_X = self.finished_X if self.finished_X[-1] > 0 else world.all_reduce(self.running_X.clone())
@@ -43,8 +49,9 @@ class AnchorMean:
 
 @dataclass
 class Interval:
-    """What happened since the last line. `first_bad` is the offset of the first non-finite step, or None."""
+    """What happened in `steps` steps since the last line. `first_bad` is the offset of the first non-finite one."""
 
+    steps: int
     values: dict[str, Any]
     first_bad: int | None
 
@@ -94,7 +101,7 @@ class Meter:
         return int(total.item()) % 2**64
 
     def pause(self, seconds: float) -> None:
-        """Leave `seconds` (an evaluation, a save) out of the throughput of this interval."""
+        """Leave `seconds` (an evaluation, a save) out of the time of this interval."""
         self._started += seconds
 
     def flush(self) -> Interval:
@@ -107,6 +114,8 @@ class Meter:
             "loss": float(losses_L.mean()),
             "samples_per_s": float(f"{self._samples / seconds:.4g}"),
             "data_wait": round(self._data_seconds / seconds, 4),
+            "seconds": round(seconds, 3),
+            "memory_gb": round(memory_in_use(self.world.device) / 1e9, 3),
             "fingerprint": f"{self.global_fingerprint():016x}",
         }
         if self._has_norm:
@@ -117,5 +126,15 @@ class Meter:
             values["anchor_max"] = float(anchor_C.max())
             values["anchor_entropy"] = float(-torch.xlogy(anchor_C, anchor_C).sum())
         self._anchors_GC = None
+        steps = self._steps
         self.restart()
-        return Interval(values, int(bad[0]) if len(bad) else None)
+        return Interval(steps, values, int(bad[0]) if len(bad) else None)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: on a GPU the most that tensors of this process took since the last call, else what the process holds."""
+    if device.type != "cuda":
+        return int(psutil.Process().memory_info().rss)
+    most = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return most

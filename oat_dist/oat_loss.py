@@ -252,7 +252,10 @@ def _statistics(
         others = torch.dot(others_BC.view(-1), others_BC.view(-1))
         torch.sum(mapped_BC, dim=0, out=flat_X[:classes])
         flat_X[-2] = others + torch.dot(labelled_B, labelled_B)
-        flat_X[-1] = samples if valid_B is None else ones_B.sum()
+        if valid_B is None:
+            flat_X[-1:].fill_(samples)  # by assignment a number would be copied to the device, and waited for
+        else:
+            flat_X[-1] = ones_B.sum()
     else:
         others_B = others_BC.square().sum(dim=1)
         others = others_B.sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,10 +30,12 @@ from oat_dist.models import (
 )
 from oat_dist.oat_loss import OATLoss
 from oat_dist.optim import Schedule, build_optimizer
+from oat_dist.profiling import StepProfiler, parse_steps
 
 __all__ = [
     "build_criterion",
     "build_network",
+    "build_profiler",
     "check_layout",
     "engine_for",
     "inexact",
@@ -52,6 +55,20 @@ def engine_for(config: Config) -> Engine:
         timeout_minutes=config.engine.timeout_minutes,
         deterministic=config.deterministic,
     )
+
+
+def build_profiler(config: Config, total_steps: int, world: World, say: Callable[[str], None]) -> StepProfiler:
+    """What traces the steps of log.profile_steps on this rank; without them nothing.
+
+    Raises:
+        ConfigError: the run has no such steps.
+    """
+    log = config.log
+    steps = range(0) if log.profile_steps is None else parse_steps(log.profile_steps)
+    if steps and steps[-1] > total_steps:
+        raise ConfigError(f"log.profile_steps={log.profile_steps}: this run has steps 1 to {total_steps:,}")
+    mine = steps if world.is_main or log.profile_all_ranks else range(0)
+    return StepProfiler(mine, Path(config.output_dir) / "profile", world, say)
 
 
 def build_network(

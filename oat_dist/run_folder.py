@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from oat_dist.config import Config, to_yaml
 from oat_dist.config_keys import JobConfig
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError, OatError, TrainingError
-from oat_dist.evaluate import Evaluation
+from oat_dist.evaluation_files import write_evaluation
 from oat_dist.fence import Fence
 from oat_dist.files import FolderBusyError, folder_lock, lock_holder, write_atomic
+from oat_dist.results import Evaluation
 
-__all__ = ["RunFolder", "read_config"]
+__all__ = ["RunFolder", "flatten", "read_config"]
 
 # A start that takes over waits so many job.check_seconds for the older one, which looks once in each, to end.
 _TAKE_OVER_CHECKS = 30
@@ -59,11 +60,19 @@ _MAY_CHANGE = {
     "eval.every_epochs",
     "eval.batch_size",
     "log.every_steps",
+    "log.trackers",
+    "log.project",
+    "log.profile_steps",
+    "log.profile_all_ranks",
 }
 
 
 class RunFolder:
-    """What rank 0 writes about a run. On the other ranks every method does nothing."""
+    """What rank 0 writes about a run. On the other ranks every method does nothing.
+
+    Attributes:
+        on_line: is given each line of metrics.jsonl once it is written; None: nobody listens.
+    """
 
     def __init__(self, path: Path, world: World) -> None:
         self.path = path
@@ -71,6 +80,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.fence: Fence | None = None  # known while the folder is locked
         self.notes: list[str] = []  # what the user should know of it
+        self.on_line: Callable[[dict[str, Any]], None] | None = None
 
     @contextmanager
     def locked(self, job: JobConfig | None = None) -> Iterator[None]:
@@ -136,10 +146,10 @@ class RunFolder:
                     f"{path}: is missing, but there are checkpoints; restore it or choose another output_dir"
                 )
             try:
-                before = _pixels(_flatten(dataclasses.asdict(Config())) | _flatten(yaml.safe_load(path.read_text())))
+                before = _pixels(flatten(dataclasses.asdict(Config())) | flatten(yaml.safe_load(path.read_text())))
             except (yaml.YAMLError, AttributeError) as error:
                 raise CheckpointError(f"{path}: damaged; restore it or choose another output_dir") from error
-            now = _pixels(_flatten(dataclasses.asdict(config)))
+            now = _pixels(flatten(dataclasses.asdict(config)))
             different = [
                 f"{key}={before.get(key)} became {now.get(key)}"
                 for key in sorted(now.keys() | before.keys())
@@ -169,6 +179,8 @@ class RunFolder:
                     f"{self.metrics_path}: cannot be written ({error.strerror}); mend that and start again: "
                     "the run resumes from its newest checkpoint"
                 ) from error
+            if self.on_line is not None:
+                self.on_line(record)
 
     def _check(self) -> None:
         """A zombie writes nothing."""
@@ -179,6 +191,11 @@ class RunFolder:
         """One line a protocol."""
         for name, result in evaluation.protocols.items():
             self.log(**where, protocol=name, accuracy=result.accuracy, correct=result.correct, total=result.total)
+
+    def write_evaluation(self, evaluation: Evaluation, classes: list[str], facts: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self._check()
+            write_evaluation(self.path, evaluation, classes, facts)
 
     def cut_torn_line(self) -> None:
         """End metrics.jsonl at its last whole line: a kill may have cut the next one short.
@@ -222,11 +239,12 @@ def _pixels(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"data.decoded_cache": "ram or disk (crops are then cut from whole images)" if whole else "none"}
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from typing import TYPE_CHECKING
+
+from oat_dist.pace import in_words
 
 if TYPE_CHECKING:
     from oat_dist.trainer import Trainer
@@ -40,38 +44,90 @@ def describe_layout(trainer: Trainer) -> str:
 
 
 def finish_run(trainer: Trainer) -> None:
-    """Write the report and print what was trained and where to look; or where a stopped run goes on."""
+    """Print what was trained and how good it is, write the report, say what to do next; or where a stopped run goes on.
+
+    What is printed stands before the report is written: that takes a moment, and may fail.
+    """
     folder = trainer.folder.path
     if not trainer.finished:
         saved = f"saved as {folder / 'checkpoints' / f'step-{trainer.step}'}" if trainer.step else "nothing to save"
         print(f"\nstopped   at step {trainer.step:,} of {trainer.total_steps:,} ({trainer.pulse.stopping}), {saved}")
         print("next      the same command goes on from there")
         return
+    print("\n" + "\n".join(_trained(trainer) + _accuracies(trainer) + _best(trainer) + _skipped(trainer)))
+    print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}", flush=True)
     from oat_dist.report import write_report  # with matplotlib: a second that every rank would pay at its start
 
-    report = write_report(folder)
-    config = trainer.config
-    print(
-        f"\ntrained   {config.model.name}, {trainer.step:,} steps "
-        f"({trainer.step / trainer.steps_per_epoch:.3g} epochs) on {trainer.world.size} process(es)"
-    )
-    evaluation = trainer.validation.evaluation
-    if evaluation is not None:
-        print(f"accuracy  on {config.data.eval_split}, {len(evaluation.labels_N):,} samples, last step:")
-        for name, result in evaluation.protocols.items():
-            print(f"            {name:<8} {result.accuracy:.2%}")
-        left_out = 0 if trainer.data.eval_set is None else trainer.data.eval_set.num_samples - len(evaluation.labels_N)
-        if left_out:
-            print(f"            {left_out:,} undecodable sample(s) left out")
+    print(f"report    {write_report(folder)}")
+    print("\n".join(_next(trainer)))
+
+
+def _trained(trainer: Trainer) -> list[str]:
+    config, engine, epoch = trainer.config, trainer.engine, trainer.steps_per_epoch
+    before = min(trainer.step, trainer.pretrain_steps) / epoch
+    after = trainer.step / epoch - before
+    parts = [f"{count:.3g} of {name}" for count, name in ((before, "cross-entropy"), (after, "OAT")) if count]
+    first, lines = trainer.log.pace.first, []
+    if first < trainer.step:
+        since = f" since step {first:,}" if first else ""
+        lines = [f"in {in_words(trainer.log.pace.elapsed())}{since}"]
+    precision = "fp32" if engine.precision == "no" else engine.precision
+    lines.append(f"engine {engine.name}, {precision}, on {trainer.world.device.type}")
+    return [
+        f"trained   {config.model.name}, {trainer.step:,} steps ({trainer.step / epoch:.3g} epochs) "
+        f"on {trainer.world.size} process(es)",
+        f"          {', '.join(parts)}; {'; '.join(lines)}",
+    ]
+
+
+def _accuracies(trainer: Trainer) -> list[str]:
+    """Of the last step, by protocol, as evaluation.json has them."""
+    if trainer.validation.evaluation is None:
+        return []
+    found = json.loads((trainer.folder.path / "evaluation.json").read_text())
+    lines = [f"accuracy  on {found['split']}, {found['total']:,} samples, last step, with 95 % intervals:"]
+    for name, one in found["protocols"].items():
+        low, high = one["interval"]
+        line = f"            {name:<8} {one['accuracy']:.2%}  ({100 * low:.2f} to {100 * high:.2f})"
+        if "seeds" in one:
+            seeds = one["seeds"]
+            line += f", {100 * seeds['min']:.2f} to {100 * seeds['max']:.2f} over {seeds['count']} seeds"
+        lines.append(line)
+    if found["undecodable"]:
+        lines.append(f"            {found['undecodable']:,} undecodable sample(s) left out")
+    return lines
+
+
+def _best(trainer: Trainer) -> list[str]:
     best = trainer.validation.best
-    if best:
-        print(
-            f"best      step {best['step']:,}: {best['accuracy']:.2%} ({best['protocol']}, selected on {best['split']})"
-        )
-    if trainer.bad:
-        print(f"skipped   {len(trainer.bad)} undecodable image(s); metrics.jsonl lists them all:")
-        for sample_id, reason in sorted(trainer.bad.items())[:10]:
-            print(f"            {trainer.data.train_set.describe(sample_id)}: {reason}")
-    print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}")
-    print(f"report    {report}")
-    print(f"next      python launch/evaluate.py {folder}")
+    if not best:
+        return []
+    chosen, split = best["protocol"], best["split"]
+    lines = [f"best      step {best['step']:,}: {best['accuracy']:.2%} ({chosen}, selected on {split})"]
+    if best["step"] != trainer.step:  # else they stand above
+        others = {name: value for name, value in best.get("accuracies", {}).items() if name != chosen}
+        lines += [f"            {name:<8} {value:.2%}" for name, value in others.items()]
+    return lines
+
+
+def _skipped(trainer: Trainer) -> list[str]:
+    if not trainer.bad:
+        return []
+    return [
+        f"skipped   {len(trainer.bad)} undecodable image(s); metrics.jsonl lists them all:",
+        *(
+            f"            {trainer.data.train_set.describe(key)}: {why}"
+            for key, why in sorted(trainer.bad.items())[:10]
+        ),
+    ]
+
+
+def _next(trainer: Trainer) -> list[str]:
+    run = shlex.quote(str(trainer.folder.path))
+    other = trainer.validation.best.get("step", trainer.step) != trainer.step
+    commands = [
+        f"oat-dist evaluate {run}{' --checkpoint best' if other else ''}",
+        f"oat-dist predict {run} IMAGE...",
+        f"oat-dist export {run} FOLDER",
+    ]
+    return [f"{'' if number else 'next':<10}{command}" for number, command in enumerate(commands)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +11,16 @@ from oat_dist.config import Config
 from oat_dist.console import Display
 from oat_dist.data_parts import DataParts
 from oat_dist.engine import Engine, Replica
-from oat_dist.evaluate import Evaluation
 from oat_dist.metrics import AnchorMean
 from oat_dist.oat_loss import OATLoss
 from oat_dist.pulse import Pulse
+from oat_dist.results import Evaluation
 from oat_dist.run_folder import RunFolder
 from oat_dist.validation import evaluate_network
 
 __all__ = ["EvaluationStoppedError", "RunValidation"]
+
+_SEEDS = 5  # of protocol "batch", in the evaluation of the last step: how far its accuracy moves with the groups
 
 
 class EvaluationStoppedError(Exception):
@@ -28,7 +32,8 @@ class RunValidation:
     """Evaluates under every protocol on the evaluation split.
 
     Attributes:
-        best: step, split, protocol and accuracy of the best evaluation of this phase; empty before the first.
+        best: step, split, protocol and accuracy of the best evaluation of this phase, and its accuracies under every
+            protocol; empty before the first.
         due: an evaluation that the run owes: one that was cut short, or is about to begin.
         evaluation: the last one, on rank 0; `evaluated_at` is its step.
     """
@@ -46,10 +51,12 @@ class RunValidation:
     due: bool = False
     evaluation: Evaluation | None = None
     evaluated_at: int = -1
+    _batches: int = 0  # of the evaluation under way
 
     def run(self, step: int, epoch: int, phase: str) -> bool:
         """Evaluate and write it down; True when this is the best so far, False also when the run is to stop first."""
         self.due = True
+        started = time.perf_counter()
         try:
             self.evaluate(step, phase)
         except EvaluationStoppedError:
@@ -58,10 +65,13 @@ class RunValidation:
         scores = None
         if self.evaluation is not None:
             split = self.config.data.eval_split
-            self.folder.log_evaluation(self.evaluation, step=step, epoch=epoch, phase=phase, split=split)
+            seconds = round(time.perf_counter() - started, 3)
+            where = {"step": step, "epoch": epoch, "phase": phase, "split": split, "seconds": seconds}
+            self.folder.log_evaluation(self.evaluation, **where)
             self.display.say(f"epoch {epoch}/{self.config.epochs} {split}: {self.evaluation}")
             name = "argmax" if "argmax" in self.evaluation.protocols else self.config.eval.protocol
-            scores = {"protocol": name, "accuracy": self.evaluation.protocols[name].accuracy}
+            accuracies = {key: result.accuracy for key, result in self.evaluation.protocols.items()}
+            scores = {"protocol": name, "accuracy": accuracies[name], "accuracies": accuracies}
         scores = self.engine.world.gather_objects(scores)[0]
         if scores["accuracy"] <= self.best.get("accuracy", -1.0):
             return False
@@ -75,6 +85,7 @@ class RunValidation:
             EvaluationStoppedError: on all ranks, when the run is asked to stop.
         """
         assert self.data.eval_set is not None
+        self._batches = 0
         self.pulse.restart()
         self.replica.sync_buffers()
         config, world = self.config, self.engine.world
@@ -92,6 +103,7 @@ class RunValidation:
                 workers=config.data.workers,
                 group_size=config.eval.group_size,
                 seed=config.eval.seed,
+                num_seeds=_SEEDS if step >= self._last_step else 0,
                 on_bad=config.data.on_bad,
                 max_bad=config.data.max_bad,
                 decoded=self.data.eval_decoded,
@@ -100,6 +112,19 @@ class RunValidation:
         self.evaluated_at = step
         self.pulse.restart()
 
+    @property
+    def grouping(self) -> dict[str, int]:
+        """How protocol "batch" forms its groups."""
+        return {"seed": self.config.eval.seed, "group_size": self.config.eval.group_size}
+
+    @property
+    def _last_step(self) -> int:
+        return min(self.config.epochs * self.data.loader.steps_per_epoch, self.config.max_steps or sys.maxsize)
+
     def _beat(self) -> None:
+        assert self.data.eval_set is not None
+        total, at_once = self.data.eval_set.num_samples, self.config.eval.batch_size * self.engine.world.size
+        self.display.evaluating(min(self._batches * at_once, total), total)
+        self._batches += 1
         if self.pulse.beat("evaluating"):
             raise EvaluationStoppedError

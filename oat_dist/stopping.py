@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -50,6 +50,9 @@ class StopRequests:
         signals: that mean it.
         stop_file: looked for by rank 0; None: no file.
         speaks: whether this process tells the user that it has heard Ctrl-C.
+
+    Attributes:
+        say: how: plainly, unless somebody draws on the terminal meanwhile.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class StopRequests:
     ) -> None:
         self.stop_file = stop_file
         self.heard: signal.Signals | None = None
+        self.say: Callable[[str], None] = _say
         self._signals = frozenset(signals)
         self._speaks = speaks
         self._interrupted_at: float | None = None
@@ -96,7 +100,7 @@ class StopRequests:
             if number == signal.SIGINT:
                 self._interrupted_at = now
                 if self._speaks:
-                    _say("stopping after this step, and saving (Ctrl-C again: stop at once, without saving)")
+                    self.say("stopping after this step, and saving (Ctrl-C again: stop at once, without saving)")
         # torchrun and accelerate pass a second Ctrl-C on as SIGTERM.
         elif number in (signal.SIGINT, signal.SIGTERM) and now - self._interrupted_at > _SAME_SECONDS:
             if self._speaks:

@@ -66,6 +66,7 @@ def _train(config: Config) -> int:
         watchdog = Watchdog(60 * config.engine.timeout_minutes, engine.world.rank)
         with engine.peers(), watchdog.watching():
             trainer = Trainer(config, engine, Pulse(engine.world, requests, watchdog, job.check_seconds))
+            requests.say = trainer.display.say
             if not config.dry_run:
                 trainer.fit()
                 state = "finished" if trainer.finished else "stopped"

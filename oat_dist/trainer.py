@@ -33,14 +33,17 @@ from oat_dist.outcome import write_outcome
 from oat_dist.parts import (
     build_criterion,
     build_network,
+    build_profiler,
     check_layout,
     inexact,
     learning_rate,
     optimizer_for,
 )
+from oat_dist.profiling import span
 from oat_dist.pulse import Pulse
 from oat_dist.run_facts import environment, model_card, run_facts, run_identity
 from oat_dist.run_folder import RunFolder
+from oat_dist.run_log import RunLog
 from oat_dist.run_validation import EvaluationStoppedError, RunValidation
 from oat_dist.training_state import TrainingState
 from oat_dist.window_step import WindowStep
@@ -73,6 +76,9 @@ class Trainer:
         self.pretrain_steps = config.pretrain_epochs * self.steps_per_epoch
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
         self.learning_rate = learning_rate(config, self.steps_per_epoch)
+        plan = (self.steps_per_epoch, self.total_steps, self.data.eval_set is not None)
+        self.log = RunLog(config, engine, self.folder, self.display, *plan)
+        self.profiler = build_profiler(config, self.total_steps, self.world, self.log.say)
 
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
@@ -98,12 +104,7 @@ class Trainer:
             *(config, engine, self.replica, self.data, self.criterion, self.anchor_mean),
             *(self.folder, self.display, self.pulse),
         )
-        self.window_step = WindowStep(
-            self.replica,
-            self.data.images,
-            config.anchor.span,
-            self._record_loss,
-        )
+        self.window_step = WindowStep(self.replica, self.data.images, config.anchor.span, self._record_loss)
 
     @property
     def objective(self) -> Objective:
@@ -123,7 +124,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end, from the newest checkpoint if there is one; or until asked to stop: see `finished`."""
-        with self.folder.locked(self.config.job):
+        with self.folder.locked(self.config.job), contextlib.closing(self.log), contextlib.closing(self.profiler):
             self.world.together(self.folder.adopt, self.config)
             self.store = CheckpointStore(
                 self.folder.path / "checkpoints", self.world, self.config.checkpoint.keep, self.folder.fence
@@ -134,52 +135,59 @@ class Trainer:
             largest = self.data.loader.layout.largest_part
             remedy = f"try micro_batch_size={max(largest // 2, 1)} at the same batch_size={self.config.batch_size}"
             self._start()
-            with self.display.progress(self.step, self.total_steps), self.engine.memory(remedy):
+            with self.display.progress(self.log.pace, self.log.title), self.engine.memory(remedy):
                 self._train()
             self._finish()
 
     def _start(self) -> None:
-        for note in self.notes + self.folder.notes:
-            self.display.say(note)
         newest, damaged = self.store.newest()
-        for problem in damaged:
-            self.display.say(f"warning: passed over a checkpoint: {problem}")
+        notes = self.notes + self.folder.notes + [f"warning: passed over a checkpoint: {why}" for why in damaged]
+        for note in notes:
+            self.display.say(note)
         if newest is not None:
             facts = self.state.restore(newest, self.identity)
             self.step = self.saved_step = facts["step"]
             self.validation.best, self.validation.due = facts["best"], facts.get("evaluation_due", False)
             self.world.together(self.store.point, newest, self.validation.best.get("step"))
+            self.log.evaluated(self.validation.best)
             self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
         self.folder.cut_torn_line()
         if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
             facts = run_facts(self.engine, self.data, self.num_parameters)
             self.folder.write_json("environment.json", environment(self.world, **facts))
             how = {name: facts[name] for name in ("engine", "precision", "threads")} | {"world_size": self.world.size}
-            self.folder.log(event="resume" if newest else "start", step=self.step, time=time.time(), **how)
+            self.log.started(self.step, newest is not None, how, notes)
         if self.validation.due and newest is not None and self._validate():
             self.world.together(self.store.point, newest, self.step)
 
     def _train(self) -> None:
         self.saved_time = time.monotonic()
         windows = windows_on_device(self.data.loader.windows(self.step, self.total_steps), self.world.device)
+        self.profiler.resume(self.step)
         self.meter.restart()
         self.pulse.restart()
+        self.log.pace.begin(self.step)
         stop = self.pulse.beat("training")
         while self.step < self.total_steps and not stop:
             if self.step == self.pretrain_steps:
                 self._begin_oat()
+            self.profiler.begin(self.step + 1)
             started = time.perf_counter()
-            window = next(windows)
+            with span("data wait"):
+                window = next(windows)
             waited = time.perf_counter() - started
             norm = self.train_step(window)
             self.meter.end_step(window, waited, self.objective.anchors(), norm)
             self.step += 1
+            self.display.step(self.step)
+            self.meter.pause(self.profiler.end(self.step))
             stop = self._after_step(window.epoch)
 
     def _begin_oat(self) -> None:
         """As the authors do with two scripts: the weights go on, the momentum starts anew."""
         self.replica.reset_optimizer()
         self.validation.best = {}  # of the phase: an accuracy under another protocol is no measure for it
+        self.log.evaluated({})
         if self.step:
             self.display.say(f"step {self.step:,}: cross-entropy ends, OAT begins")
             self.folder.log(event="phase", step=self.step, phase="oat", time=time.time())
@@ -191,7 +199,8 @@ class Trainer:
             valid = torch.tensor(window.num_valid, device=self.world.device, dtype=torch.float64)
             num_samples = self.world.all_reduce(valid).clamp_(min=1)
         self.window_step.run(self.objective, window.batches, num_samples)
-        return self.replica.step(self.learning_rate(self.step))
+        with span("optimizer step"):
+            return self.replica.step(self.learning_rate(self.step))
 
     def _record_loss(self, loss: Tensor) -> None:
         self.meter.add_loss(loss)
@@ -212,6 +221,8 @@ class Trainer:
             due = due or _every(finished, config.checkpoint.every_epochs)
         if _every(step_in_epoch, config.log.every_steps) or finished is not None or due:
             self._log(epoch)
+            if finished is not None and self.trained_with.name == "oat":
+                self.log.anchor(self.step, self.anchor_mean.finished())
             due = due or self._minutes_passed()
         improved, started = False, time.perf_counter()
         if self.data.eval_set and (ended or (finished is not None and _every(finished, config.eval.every_epochs))):
@@ -221,12 +232,18 @@ class Trainer:
         if stop:
             self.display.say(f"stopping at step {self.step:,} ({self.pulse.stopping}): saving")
         if due or improved or stop:
-            self._save(improved)
+            self.display.doing("saving")
+            with self.log.pace.saving():
+                self._save(improved)
         self.meter.pause(time.perf_counter() - started)
         return stop
 
     def _validate(self) -> bool:
-        return self.validation.run(self.step, self.step // self.steps_per_epoch, self.trained_with.name)
+        self.display.doing("evaluating")
+        with self.log.pace.evaluating():
+            improved = self.validation.run(self.step, self.step // self.steps_per_epoch, self.trained_with.name)
+        self.log.evaluated(self.validation.best, self.validation.evaluation)
+        return improved
 
     def _minutes_passed(self) -> bool:
         minutes = self.config.checkpoint.every_minutes
@@ -236,19 +253,12 @@ class Trainer:
         return not self.world.all_agree(not passed)  # rank 0's clock decides for all
 
     def _log(self, epoch: int) -> None:
-        steps = self.meter.steps
         interval = self.meter.flush()
         phase = self.trained_with.name
         if interval.first_bad is not None:
-            step = self.step - steps + interval.first_bad + 1
+            step = self.step - interval.steps + interval.first_bad + 1
             raise loss_not_finite(step, epoch, phase, self.folder.path)
-        record = {"step": self.step, "epoch": epoch, "phase": phase, "lr": self.learning_rate(self.step - 1)}
-        self.folder.log(**record, **interval.values)
-        text = f"epoch {epoch + 1}/{self.config.epochs} {phase} loss {interval.values['loss']:.4g}"
-        self.display.update(self.step, text)
-        if self.step % self.steps_per_epoch == 0:
-            rate, wait = interval.values["samples_per_s"], interval.values["data_wait"]
-            self.display.say(f"{text}  {rate:,.0f} samples/s  data wait {wait:.0%}")
+        self.log.interval(self.step, epoch, phase, self.learning_rate(self.step - 1), interval)
 
     def _save(self, best: bool) -> None:
         self.replica.sync_buffers()
@@ -259,7 +269,7 @@ class Trainer:
         write_outcome(self.config.job.outcome_file, self.world, "running", self.step, self.total_steps)
         self.data.keep_decoded()
         if self.config.data.on_bad == "skip":
-            self._note_bad()
+            self.log.skipped(self.step, self.data.new_bad(self.bad, self.world))
         self.saved_time = time.monotonic()
         self.pulse.restart()
 
@@ -276,12 +286,6 @@ class Trainer:
             **self.identity,
         }
 
-    def _note_bad(self) -> None:
-        """Write down the undecodable samples that the ranks have met since the last time."""
-        names = self.data.new_bad(self.bad, self.world)
-        if names:
-            self.folder.log(event="skipped", step=self.step, samples=names, time=time.time())
-
     def _finish(self) -> None:
         """Evaluate the last step if that has not happened (a finished run was started again); leave evaluation.json."""
         validation = self.validation
@@ -289,12 +293,11 @@ class Trainer:
             with contextlib.suppress(EvaluationStoppedError):
                 validation.evaluate(self.step, self.trained_with.name)
         if validation.evaluation is not None and validation.evaluated_at == self.step:
-            summary = validation.evaluation.summary(self.classes)
-            self.folder.write_json("evaluation.json", {**self._facts(), **summary})
-        self._note_bad()
+            self.folder.write_evaluation(validation.evaluation, self.classes, self._facts() | validation.grouping)
+        self.log.skipped(self.step, self.data.new_bad(self.bad, self.world))
         self.data.close()
-        event = {"event": "finished"} if self.finished else {"event": "stopped", "reason": self.pulse.stopping}
-        self.folder.log(**event, step=self.step, time=time.time())
+        stopped = None if self.finished else self.pulse.stopping
+        self.log.ended(self.step, stopped, validation.best, validation.evaluation)
 
 
 def _every(count: int, interval: int) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,45 +16,39 @@ from oat_dist.data.images.transforms import Normalise
 from oat_dist.data.index import ShardSet
 from oat_dist.data.loader import evaluation_batches
 from oat_dist.distributed import World
-from oat_dist.evaluate import Evaluation, collect, judge
+from oat_dist.evaluate import Outputs, collect, judge
+from oat_dist.fp32 import exact_fp32
+from oat_dist.results import Evaluation
 
-__all__ = ["evaluate_network"]
+__all__ = ["evaluate_network", "network_outputs"]
 
 
-def evaluate_network(
+def network_outputs(
     network: nn.Module,
     shards: ShardSet,
     normalise: Normalise,
     world: World,
     *,
     pipeline: ImagePipeline,
-    center: str | None,
-    floor: float,
-    stored_anchor_C: Tensor | None,
     batch_size: int = 256,
     workers: int = 2,
-    group_size: int = 32,
-    seed: int = 0,
     on_bad: str = "skip",
     max_bad: int | None = None,
     decoded: DecodedCache | None = None,
     on_batch: Callable[[], None] | None = None,
-) -> Evaluation | None:
-    """Forward a whole split once and judge it; the result on rank 0, None on the others.
+) -> Outputs | None:
+    """Forward a whole split once: the outputs of every sample on rank 0, None on the others.
 
     Args:
         network: on the device, in any mode (restored afterwards); the same on every rank.
         pipeline: what is done to each image.
-        center: of the OAT anchors; None for a network trained with cross-entropy alone.
         batch_size: of the forward pass on each rank; changes speed only.
-        on_bad: "stop" at an undecodable image, or "skip" up to `max_bad` of them on each rank (None: any number),
-            which are then missing from the result's total.
+        on_bad: "stop" at an undecodable image, or "skip" up to `max_bad` of them on each rank (None: any number).
         decoded: where decoded images are kept; None: nowhere.
-        on_batch: called before each batch, equally often on every rank; an error it raises on all of them ends the
-            evaluation.
+        on_batch: called before each batch, equally often on every rank; an error it raises on all of them ends it.
 
     Raises:
-        DataError: an undecodable image and ``on_bad="stop"``, more of them than `max_bad`, or nothing left.
+        DataError: an undecodable image and ``on_bad="stop"``, or more of them than `max_bad`.
     """
     budget = shards.num_samples if max_bad is None else max_bad
     builder = BatchBuilder(shards, pipeline, on_bad=on_bad, max_bad=budget, decoded=decoded)
@@ -65,16 +60,40 @@ def evaluate_network(
             on_batch()
         return network(normalise(batch.images_BHWC))
 
+    batches = evaluation_batches(builder, world.rank, world.size, batch_size, workers)
     try:
-        outputs = collect(
-            forward,
-            evaluation_batches(builder, world.rank, world.size, batch_size, workers),
-            shards.num_samples,
-            world,
-        )
+        with exact_fp32(world.device):
+            return collect(forward, batches, shards.num_samples, world)
     finally:
         network.train(training)
         builder.close()
+
+
+def evaluate_network(
+    network: nn.Module,
+    shards: ShardSet,
+    normalise: Normalise,
+    world: World,
+    *,
+    center: str | None,
+    floor: float,
+    stored_anchor_C: Tensor | None,
+    group_size: int = 32,
+    seed: int = 0,
+    num_seeds: int = 0,
+    prior_C: Tensor | None = None,
+    temperatures: Mapping[str, float] | None = None,
+    **forward: Any,
+) -> Evaluation | None:
+    """`network_outputs` and `judge`: forward a whole split once and judge it; on rank 0, None on the others.
+
+    Args:
+        forward: what `network_outputs` takes besides; the other arguments are those of `judge`.
+
+    Raises:
+        DataError: as `network_outputs`, or when no image of the split can be decoded.
+    """
+    outputs = network_outputs(network, shards, normalise, world, **forward)
 
     def on_main() -> Evaluation | None:
         if outputs is None:
@@ -87,6 +106,9 @@ def evaluate_network(
                 stored_anchor_C=stored_anchor_C,
                 group_size=group_size,
                 seed=seed,
+                num_seeds=num_seeds,
+                prior_C=prior_C,
+                temperatures=temperatures,
             )
 
     return world.together(on_main)

@@ -22,6 +22,7 @@ from oat_dist.batch import Batch
 from oat_dist.engine import Replica
 from oat_dist.models import norms_frozen, statistics_untouched
 from oat_dist.objectives import Objective
+from oat_dist.profiling import span
 from oat_dist.randomness import random_state, set_random_state
 
 __all__ = ["SPANS", "WindowStep"]
@@ -61,9 +62,12 @@ class WindowStep:
                 self.replica.micro_step(last=number == len(batches) - 1),
                 norms_frozen(self.replica.network, batch.empty),
             ):
-                logits_BC = self.replica.model(self.images_of(batch))
-                loss = self._loss(objective, logits_BC, batch, num_samples)
-                self.replica.backward(loss)
+                with span("forward"):
+                    logits_BC = self.replica.model(self.images_of(batch))
+                with span("loss"):
+                    loss = self._loss(objective, logits_BC, batch, num_samples)
+                with span("backward"):
+                    self.replica.backward(loss)
             self.on_loss(loss)
 
     def _loss(self, objective: Objective, logits_BC: Tensor, batch: Batch, num_samples: int | Tensor) -> Tensor:
@@ -83,15 +87,18 @@ class WindowStep:
         with torch.no_grad(), statistics_untouched(network):
             for batch in batches:
                 states.append(random_state(device))
-                with norms_frozen(network, batch.empty):
+                with norms_frozen(network, batch.empty), span("forward without gradients"):
                     outputs.append(self.replica.forward_only(self.images_of(batch)))
-        gradients = self._logit_gradients(objective, batches, outputs, num_samples)
+        with span("loss"):
+            gradients = self._logit_gradients(objective, batches, outputs, num_samples)
         for number, (batch, state) in enumerate(zip(batches, states, strict=True)):
             with self.replica.micro_step(last=number == len(batches) - 1), norms_frozen(network, batch.empty):
                 set_random_state(state, device)
-                logits_BC = self.replica.model(self.images_of(batch))
+                with span("forward"):
+                    logits_BC = self.replica.model(self.images_of(batch))
                 # A loss whose gradient with respect to the logits is the one already known.
-                self.replica.backward((logits_BC * gradients[number]).sum())
+                with span("backward"):
+                    self.replica.backward((logits_BC * gradients[number]).sum())
 
     def _logit_gradients(
         self, objective: Objective, batches: Sequence[Batch], outputs: list[Tensor], num_samples: int | Tensor

@@ -42,7 +42,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
 

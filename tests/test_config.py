@@ -274,6 +274,7 @@ IMPOSSIBLE = [
         "eval.protocol=bach",
         "eval.protocol must be one of batch, single, dataset, stored, not 'bach'; did you mean batch?",
     ),
+    ("eval.protocol=balanced", "eval.protocol=balanced needs anchor.center=prior"),
     ("log.every_steps=0", "log.every_steps must be at least 1"),
 ]
 

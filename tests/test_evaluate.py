@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 from fixtures_run import TinyRun, tiny_run
 from torch import Tensor
 
+from oat_dist.answers import project_to_simplex
 from oat_dist.batch import Batch
 from oat_dist.checkpoint import find_checkpoint
 from oat_dist.data.builder import BatchBuilder
@@ -19,9 +21,10 @@ from oat_dist.data.loader import evaluation_batches
 from oat_dist.data.plan import EpochOrder
 from oat_dist.distributed import World
 from oat_dist.errors import DataError
-from oat_dist.evaluate import PROTOCOLS, TIE, Evaluation, Outputs, collect, judge
+from oat_dist.evaluate import PROTOCOLS, TIE, Outputs, collect, judge
 from oat_dist.objectives import oat_scores
 from oat_dist.predict import load_network
+from oat_dist.results import Evaluation
 from oat_dist.validation import evaluate_network
 
 __all__ = ["tiny_run"]
@@ -66,7 +69,9 @@ def plain_predictions(
         sets = [valid]
     predicted = {}
     for members in sets:
-        anchor = stored if protocol == "stored" else plain_anchor([rows[i] for i in members], center, floor)
+        anchor = (
+            stored if protocol in ("stored", "balanced") else plain_anchor([rows[i] for i in members], center, floor)
+        )
         for i in members:
             scores = [a * (z + 1) for a, z in zip(anchor, rows[i], strict=True)]
             predicted[i] = scores.index(max(scores))
@@ -80,13 +85,14 @@ def test_every_protocol_is_the_plain_formula(center: str, floor: float) -> None:
     outputs.valid_N[[3, 50, 106]] = False
     stored = [0.1, 0.3, 0.2, 0.25, 0.15]
     result = judge(outputs, center=center, floor=floor, stored_anchor_C=torch.tensor(stored), group_size=10, seed=3)
-    assert tuple(result.protocols) == PROTOCOLS
+    assert list(result.protocols) == [*PROTOCOLS, *(["balanced"] if center == "prior" else [])]
     valid = [i for i in range(107) if i not in (3, 50, 106)]
     assert result.ids_N.tolist() == valid
     labels = outputs.labels_N[valid].tolist()
     assert result.labels_N.tolist() == labels
     answers = []
     for protocol, got in result.protocols.items():
+        stored = [1 / 5] * 5 if protocol == "balanced" else [0.1, 0.3, 0.2, 0.25, 0.15]
         expected = plain_predictions(outputs, protocol, center, floor, stored, 10, 3)
         assert got.predicted_N.tolist() == expected, protocol
         assert got.correct == sum(a == b for a, b in zip(expected, labels, strict=True))
@@ -94,7 +100,8 @@ def test_every_protocol_is_the_plain_formula(center: str, floor: float) -> None:
         assert got.accuracy == got.correct / 104
         answers.append(expected)
     # The example is able to tell the protocols apart.
-    assert all(a != b for i, a in enumerate(answers) for b in answers[:i])
+    apart = answers[: len(PROTOCOLS)]
+    assert all(a != b for i, a in enumerate(apart) for b in apart[:i])
 
 
 @pytest.mark.parametrize("center", ["probabilities", "logits", "prior"])
@@ -187,16 +194,70 @@ def test_one_sample_and_one_class() -> None:
         assert all((r.accuracy, r.ties) == (1.0, []) for r in result.protocols.values())
 
 
+def test_a_given_class_prior_takes_the_place_of_the_anchor() -> None:
+    outputs, prior_C = random_outputs(80, 4), torch.tensor([0.7, 0.1, 0.1, 0.1])
+    protocols = judge(outputs, center="prior", stored_anchor_C=torch.full((4,), 0.25), prior_C=prior_C).protocols
+    assert protocols["given"].predicted_N.tolist() == (prior_C * (outputs.logits_NC + 1)).argmax(dim=1).tolist()
+    assert torch.equal(protocols["balanced"].predicted_N, outputs.logits_NC.argmax(dim=1))  # METHOD: argmax of z
+    assert not torch.equal(protocols["given"].predicted_N, protocols["balanced"].predicted_N)
+    assert "balanced" not in judge(outputs, center="probabilities", prior_C=prior_C).protocols
+
+
+def test_details_are_the_plain_measures() -> None:
+    outputs = random_outputs(60, 7, spread=0.4)
+    stored_C = torch.tensor([0.1, 0.2, 0.1, 0.15, 0.15, 0.2, 0.1])
+    settings = {"center": "logits", "stored_anchor_C": stored_C, "group_size": 10, "seed": 4}
+    plain, detailed = judge(outputs, **settings), judge(outputs, **settings, num_seeds=3)
+    for name, result in detailed.protocols.items():
+        assert plain.protocols[name].details is None
+        assert torch.equal(plain.protocols[name].predicted_N, result.predicted_N)
+    seeds = [judge(outputs, **settings | {"seed": seed}).protocols["batch"].accuracy for seed in (4, 5, 6)]
+    assert detailed.protocols["batch"].details.seeds == tuple(seeds)
+    assert len(set(seeds)) > 1
+    scores_NC = stored_C.double() * (outputs.logits_NC + 1)
+    chances, labels = project_to_simplex(scores_NC).tolist(), outputs.labels_N.tolist()
+    brier = [sum((p - (k == y)) ** 2 for k, p in enumerate(row)) for row, y in zip(chances, labels, strict=True)]
+    details = detailed.protocols["stored"].details
+    assert details.brier == pytest.approx(sum(brier) / 60, abs=1e-12)
+    assert details.confidence_N.tolist() == pytest.approx([max(row) for row in chances], abs=1e-6)
+    order = [sorted(range(7), key=lambda k: -row[k])[:5] for row in scores_NC.tolist()]
+    assert details.top5_correct == sum(y in best for y, best in zip(labels, order, strict=True))
+    warm = judge(outputs, **settings, num_seeds=1, temperatures={"stored": 0.5}).protocols
+    tempered = [[max(s, 0.1 / 7) ** 2 for s in row] for row in scores_NC.tolist()]
+    confident = [max(row) / sum(row) for row in tempered]
+    assert warm["stored"].details.confidence_N.tolist() == pytest.approx(confident, abs=1e-6)
+    assert warm["single"].details.brier == detailed.protocols["single"].details.brier
+
+
 def test_summary() -> None:
     logits_NC = torch.tensor([[2.0, 0, 0], [2, 0, 0], [0, 2, 0], [0, 0, 0]], dtype=torch.float64)
     labels_N = torch.tensor([0, 1, 1, 0])
-    result = judge(Outputs(logits_NC, labels_N, torch.tensor([True, True, True, False])), center=None)
-    assert result.summary(["a", "b", "c"]) == {
+    outputs = Outputs(logits_NC, labels_N, torch.tensor([True, True, True, False]))
+    summary = judge(outputs, center=None).summary(["a", "b", "c"])
+    argmax = summary["protocols"].pop("argmax")
+    assert summary == {
         "class_names": ["a", "b", "c"],
         "total": 3,
-        "protocols": {"argmax": {"accuracy": 2 / 3, "correct": 2, "ties": []}},
-        "per_class": {"argmax": [1.0, 0.5, 0.0]},
+        "undecodable": 1,
+        "protocols": {},
+        "per_class": {"argmax": [1.0, 0.5, None]},
+        "confusion": {"argmax": [[0, 0, 1], [1, 0, 1], [1, 1, 1]]},
     }
+    intervals = {key: argmax.pop(key) for key in ("interval", "balanced_interval")}
+    assert argmax == {"accuracy": 2 / 3, "correct": 2, "total": 3, "balanced_accuracy": 0.75, "ties": []}
+    assert all(0 <= low <= 2 / 3 <= high <= 1 for low, high in intervals.values())
+    detailed = judge(outputs, center=None, num_seeds=2)
+    argmax = detailed.summary(["a", "b", "c"])["protocols"]["argmax"]
+    assert argmax["top5"] is None  # of three classes all are among the five best
+    assert 0 < argmax["brier"] < 1
+    assert "seeds" not in argmax
+    answers = detailed.answers()
+    assert {name: tensor.tolist() for name, tensor in answers.items() if name != "confidence.argmax"} == {
+        "ids": [0, 1, 2],
+        "labels": [0, 1, 1],
+        "predicted.argmax": [0, 0, 1],
+    }
+    assert json.loads(json.dumps(summary)) == summary
 
 
 # With real batches.

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from oat_dist.commands.evaluate import _evaluate, add_arguments
+from oat_dist.anchor import CENTERS
+from oat_dist.commands.evaluate import _evaluate, _forward, add_arguments
+from oat_dist.commands.evaluation_subject import Subject
 from oat_dist.config import load_config
 from oat_dist.distributed import counts
 from oat_dist.engine import Engine, start_engine
 from oat_dist.errors import OatError
+from oat_dist.evaluate import judge
 from oat_dist.optimizer_state import load_optimizer, optimizer_tensors
 from oat_dist.trainer import Trainer
 
@@ -41,6 +44,13 @@ def fit(engine: Engine, root: Path, data: str, name: str, *overrides: str) -> Tr
     trainer = Trainer(config, engine)
     trainer.fit()
     return trainer
+
+
+def fit_one(root_text: str, data: str, name: str, overrides: list[str]) -> None:
+    """One run on the ranks that call it."""
+    engine = start_engine(threads=1)
+    fit(engine, Path(root_text), data, name, *overrides)
+    engine.close()
 
 
 def fit_in_two(engine: Engine, root: Path, data: str, name: str, stop: int, *overrides: str) -> None:
@@ -225,18 +235,27 @@ def ten_until(root_text: str, data: str, name: str, stop: int) -> None:
 
 
 def evaluate(run: str) -> dict[str, Any]:
-    """Predicted labels of every protocol, for several forward batch sizes."""
+    """Predicted labels by forward batch size, center of the anchors ("": cross-entropy) and protocol; on rank 0."""
     engine = start_engine(threads=1)
-    found = {}
-    for batch_size in (1, 32, 1000):
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        evaluation, _ = _evaluate(parser.parse_args([run, "--batch-size", str(batch_size)]), engine.world)
-        if evaluation is not None:
-            found[str(batch_size)] = {
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args([run])
+    subject = Subject.load(arguments.run, None, arguments, engine.world)
+    shards = subject.open_split(engine.world)
+    prior_C = torch.arange(1, len(subject.classes) + 1, dtype=torch.float64)
+    found: dict[str, Any] = {}
+    for batch_size in (1, 32, 100, 1000):
+        outputs = _forward(subject, shards, batch_size, engine.world)
+        for center in (None, *CENTERS) if outputs is not None else ():
+            settings = {"stored_anchor_C": subject.stored_anchor_C, "prior_C": prior_C / prior_C.sum()}
+            evaluation = judge(outputs, center=center, **settings)
+            found.setdefault(str(batch_size), {})[center or ""] = {
                 name: {"labels": result.predicted_N.tolist(), "ties": result.ties}
                 for name, result in evaluation.protocols.items()
             }
+    command = _evaluate(arguments, engine.world)  # what a user gets, of the center it was trained with
+    if command is not None:
+        found["command"] = {name: r.predicted_N.tolist() for name, r in command.evaluation.protocols.items()}
     engine.close()
     return found
 

@@ -1,81 +1,102 @@
-"""``evaluate RUN``: the accuracy of a checkpoint under every protocol, the same on any number of ranks."""
+"""``evaluate RUN``: how good a checkpoint is on a split, under every protocol; on one process or several."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from oat_dist.checkpoint import Checkpoint, find_checkpoint
-from oat_dist.data.images.transforms import Normalise
-from oat_dist.data_parts import open_location
+import torch
+
+from oat_dist.anchor import invert
+from oat_dist.answers import probabilities_of, temperable
+from oat_dist.calibration import Calibration, calibrate, read_calibration, write_temperature
+from oat_dist.commands.arguments import positive
+from oat_dist.commands.evaluation_output import Found, show
+from oat_dist.commands.evaluation_subject import Subject
+from oat_dist.data.index import ShardSet
+from oat_dist.data.progress import show_progress
 from oat_dist.distributed import World
 from oat_dist.engine import start_engine
 from oat_dist.engine.launcher import is_true
-from oat_dist.errors import DataError, LaunchError, OatError, run_command
-from oat_dist.evaluate import PROTOCOLS, Evaluation
-from oat_dist.predict import load_network, pipeline_of
-from oat_dist.run_folder import read_config
-from oat_dist.validation import evaluate_network
+from oat_dist.errors import LaunchError, OatError, run_command
+from oat_dist.evaluate import PRIOR_PROTOCOLS, PROTOCOLS, Outputs
+from oat_dist.evaluation_files import write_evaluation
+from oat_dist.priors import anchor_for
+from oat_dist.results import Evaluation
+from oat_dist.validation import network_outputs
 
 __all__ = ["add_arguments", "main", "run"]
 
 _DESCRIPTION = """\
 Evaluate a trained checkpoint under the protocols of OAT:
 
-  batch    32 samples of a seeded permutation share an anchor (the paper's)
-  single   each sample is its own anchor set
-  dataset  one anchor for the whole split
-  stored   the mean training anchor: one image in, one answer out
-  argmax   the largest output (a network trained with cross-entropy alone)
+  batch     32 samples of a seeded permutation share an anchor (the paper's)
+  single    each sample is its own anchor set
+  dataset   one anchor for the whole split
+  stored    the mean training anchor: one image in, one answer out
+  argmax    the largest output (a network trained with cross-entropy alone)
+and for a network trained with the center "prior", whose anchor stands for the class prior:
+  balanced  every class is equally likely at test time
+  given     the class prior of --prior
 
-Predicted labels do not depend on the number of processes or on --batch-size. The network runs in fp32, also one that
-was trained in bf16.
+Of each: accuracy and balanced accuracy with their 95 % bootstrap intervals, top-5, Brier score; in the JSON also
+accuracy by class and the confusion matrix. Predicted labels do not depend on the number of processes or on
+--batch-size. The network runs in fp32, also one that was trained in bf16.
+"""
 
+_EXAMPLES = """\
 examples:
   python launch/evaluate.py runs/quickstart
   accelerate launch --config_file configs/accelerate/cpu-2.yaml launch/evaluate.py runs/quickstart --json
+  oat-dist evaluate runs/oat --against runs/cross-entropy          is one better? McNemar's exact test
+  oat-dist evaluate runs/oat --split val --fit-temperature         calibrate; then predict --calibrated
+  oat-dist evaluate runs/prior --prior balanced                    another class prior at test time
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = _DESCRIPTION
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or one of its checkpoints/step-<n> folders")
-    parser.add_argument("--checkpoint", metavar="NAME", help="latest (default), best, or step-<n>")
-    parser.add_argument("--protocol", action="append", choices=[*PROTOCOLS, "argmax"], help="only this one; repeatable")
-    parser.add_argument("--data", help="packed data set, a folder or URL; default: the one the run trained on")
-    parser.add_argument("--split", help="split to evaluate on; default: the run's data.eval_split")
-    parser.add_argument("--batch-size", type=int, default=256, help="forward batch of each process (default 256)")
-    parser.add_argument("--seed", type=int, help="protocol batch: seed of the groups (default: the run's eval.seed)")
-    parser.add_argument("--group-size", type=int, help="protocol batch: samples of a group (default: the run's)")
-    parser.add_argument("--predictions", type=Path, help="write id, label and prediction of every sample to this CSV")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-
-
-def chosen_checkpoint(run: Path, name: str | None) -> Checkpoint:
-    """The checkpoint that RUN and ``--checkpoint`` name; `name` may be latest, best or step-<n>."""
-    if name is None or name == "latest":
-        return find_checkpoint(run)
-    if name == "best":
-        path = run / "checkpoints" / "best"
-        try:
-            name = path.read_text().strip()
-        except FileNotFoundError:
-            raise OatError(f"{path}: this run has no best checkpoint yet; use --checkpoint latest") from None
-    if not name.startswith("step-"):
-        raise OatError(f"--checkpoint {name}: must be latest, best or step-<n>")
-    return find_checkpoint(run / "checkpoints" / name)
+    every = [*PROTOCOLS, *PRIOR_PROTOCOLS, "argmax"]
+    what = parser.add_argument_group("what to evaluate")
+    what.add_argument("run", metavar="RUN", type=Path, help="run folder, or one of its checkpoints/step-<n> folders")
+    what.add_argument("--checkpoint", metavar="NAME", help="latest (default), best, or step-<n>")
+    what.add_argument("--data", help="packed data set, a folder or URL; default: the one the run trained on")
+    what.add_argument("--split", help="split to evaluate on; default: the run's data.eval_split")
+    what.add_argument("--against", metavar="RUN2", type=Path, help="compare with this run on the same samples, paired")
+    how = parser.add_argument_group("how")
+    how.add_argument("--protocol", action="append", choices=every, help="show only this one; repeatable")
+    how.add_argument("--batch-size", type=positive, default=256, help="forward batch of each process (default 256)")
+    how.add_argument("--seed", type=int, help="protocol batch: seed of the groups (default: the run's eval.seed)")
+    how.add_argument("--seeds", type=positive, default=5, help="protocol batch: spread over so many seeds (default 5)")
+    how.add_argument("--group-size", type=positive, help="protocol batch: samples of a group (default: the run's)")
+    how.add_argument(
+        "--prior",
+        default="training",
+        help='center "prior" only, the class prior at test time: training, balanced, class=share,..., or FILE.json',
+    )
+    calibrated = how.add_mutually_exclusive_group()
+    calibrated.add_argument(
+        "--calibrated", action="store_true", help="probabilities with the temperature fitted before"
+    )
+    calibrated.add_argument(
+        "--fit-temperature", action="store_true", help="fit a temperature on this split (held-out data) and keep it"
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+    out.add_argument("--output", metavar="FILE", type=Path, help="write that JSON object to this file, too")
+    out.add_argument("--predictions", metavar="FILE", type=Path, help="id, label and predictions of every sample, CSV")
+    out.add_argument("--save", action="store_true", help="make it the evaluation of the run folder, for its report")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.batch_size < 1 or (arguments.group_size is not None and arguments.group_size < 1):
-        raise OatError("--batch-size and --group-size must be at least 1")
-    if arguments.predictions is not None and not arguments.predictions.parent.is_dir():
-        raise OatError(f"{arguments.predictions}: no such folder to write to")
+    for path in (arguments.predictions, arguments.output):
+        if path is not None and not path.parent.is_dir():
+            raise OatError(f"{path}: no such folder to write to")
     if is_true("ACCELERATE_USE_DEEPSPEED"):
         raise LaunchError(
             "evaluation runs without DeepSpeed: start it with plain python, or with cpu-2.yaml or gpus.yaml of "
@@ -83,97 +104,110 @@ def run(arguments: argparse.Namespace) -> int:
         )
     engine = start_engine(name="ddp")
     with engine.peers():
-        evaluation, facts = _evaluate(arguments, engine.world)
-    if evaluation is not None:
-        _report(arguments, evaluation, facts)
+        found = _evaluate(arguments, engine.world)
+    if found is not None:
+        show(arguments, found)
     engine.close()
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace, world: World) -> tuple[Evaluation | None, dict[str, object]]:
-    checkpoint = world.together(chosen_checkpoint, arguments.run, arguments.checkpoint)
-    run_folder = checkpoint.folder.parent.parent
-    grouping, cache = {"seed": 0, "group_size": 32}, {}
-    try:
-        config = world.together(read_config, run_folder)
-        arguments.data = arguments.data or config["data"]["path"]
-        cache = {key: config["data"].get(key) for key in ("cache_dir", "cache_gb")}
-        arguments.split = arguments.split or config["data"]["eval_split"]
-        grouping |= {key: config["eval"][key] for key in grouping if key in config.get("eval", {})}
-    except OatError as error:  # a checkpoint on its own will do where the command line says what it lacks
-        if arguments.data is None or arguments.split is None:
-            raise
-        if world.is_main and (arguments.seed is None or arguments.group_size is None):
-            print(f"note: {error}; protocol batch uses seed 0 and groups of 32", file=sys.stderr)
-    seed = grouping["seed"] if arguments.seed is None else arguments.seed
-    group_size = grouping["group_size"] if arguments.group_size is None else arguments.group_size
-    if arguments.split is None:
-        raise OatError(f"{run_folder}: the run has no data.eval_split; name one with --split")
-    network, card, stored_anchor_C = load_network(checkpoint)
-    _check_protocols(arguments.protocol, PROTOCOLS if card["objective"] == "oat" else ("argmax",))
-    shards = world.together(partial(open_location, **cache), arguments.data, arguments.split)
-    if shards.classes != card["classes"]:
-        raise DataError(f"{shards.where}: its classes are not the {len(card['classes'])} classes of the checkpoint")
-    network.to(world.device)
-    evaluation = evaluate_network(
-        network,
-        shards,
-        Normalise(card["mean"], card["std"], world.device),
-        world,
-        pipeline=pipeline_of(card),
-        center=card["center"] if card["objective"] == "oat" else None,
-        floor=card["floor"],
-        stored_anchor_C=stored_anchor_C,
-        batch_size=arguments.batch_size,
-        group_size=group_size,
-        seed=seed,
-    )
-    facts = {
-        "checkpoint": str(checkpoint.folder),
-        "split": arguments.split,
-        "seed": seed,
-        "group_size": group_size,
-        "undecodable": 0 if evaluation is None else shards.num_samples - len(evaluation.labels_N),
+def _evaluate(arguments: argparse.Namespace, world: World) -> Found | None:
+    """What there is to say, on rank 0."""
+    subject = Subject.load(arguments.run, arguments.checkpoint, arguments, world)
+    other = None if arguments.against is None else Subject.load(arguments.against, None, arguments, world)
+    protocols = subject.protocols(given=arguments.prior not in ("training", "balanced"))
+    for name in arguments.protocol or ():  # before the forward pass, not after it
+        if name not in protocols:
+            raise OatError(f"protocol {name} does not apply to this checkpoint; it has {', '.join(protocols)}")
+    answering = _answering(subject, arguments.prior)
+    temperatures, facts = {}, subject.facts() | {"prior": arguments.prior, "calibrated": arguments.calibrated}
+    if arguments.calibrated:
+        kept = world.together(read_calibration, subject.checkpoint, arguments.prior)
+        temperatures[answering], facts["calibrated_on"] = float(kept["temperature"]), kept["split"]
+    if arguments.fit_temperature and subject.split == subject.train_split:
+        raise OatError(
+            f"--fit-temperature on split {subject.split}, which the run trained on: a temperature is fitted on "
+            "held-out data; name another with --split (pack one: shards/pack.py ... --split train=0.9 --split val=0.1)"
+        )
+    prior_C = world.together(_prior, subject, arguments.prior)
+    shards = subject.open_split(world)
+    if other is not None:
+        other.check_pair(subject)
+    outputs = _forward(subject, shards, arguments.batch_size, world)
+    other_outputs = None if other is None else _forward(other, shards, arguments.batch_size, world)
+
+    def on_main() -> Found | None:
+        if outputs is None:
+            return None
+        evaluation = subject.judge(outputs, arguments.seeds, prior_C, temperatures)
+        reference = None
+        if other is not None and other_outputs is not None:
+            reference = (other, other.judge(other_outputs, 0, None, {}))
+        fitted = None
+        if arguments.fit_temperature:
+            fitted = _fit(subject, outputs, answering, prior_C)
+            write_temperature(subject.checkpoint, arguments.prior, subject.split, fitted)
+        if arguments.save:
+            _save(subject, evaluation, shards, facts)
+        return Found(subject.checkpoint, subject.classes, evaluation, facts, fitted, reference)
+
+    with torch.no_grad():
+        return world.together(on_main)
+
+
+def _answering(subject: Subject, prior: str) -> str:
+    """The protocol that answers one image by itself under this class prior."""
+    if subject.center is None:
+        return "argmax"
+    return {"training": "stored", "balanced": "balanced"}.get(prior, "given")
+
+
+def _prior(subject: Subject, asked: str) -> torch.Tensor | None:
+    if asked == "training":
+        return None
+    return anchor_for(asked, subject.card, subject.stored_anchor_C)[1]
+
+
+def _forward(subject: Subject, shards: ShardSet, batch_size: int, world: World) -> Outputs | None:
+    share = -(-shards.num_samples // world.size)
+    with _progress(f"evaluating {subject.run_folder.name}", -(-share // batch_size), world) as on_batch:
+        return network_outputs(
+            subject.network,
+            shards,
+            subject.normalise,
+            world,
+            pipeline=subject.pipeline,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+
+
+@contextmanager
+def _progress(title: str, batches: int, world: World) -> Iterator[Callable[[], None]]:
+    with show_progress(title, batches, enabled=world.is_main, vanish=True) as advance:
+        yield partial(advance, 1)
+
+
+def _fit(subject: Subject, outputs: Outputs, protocol: str, prior_C: torch.Tensor | None) -> Calibration:
+    scores_NC, labels_N = outputs.logits_NC[outputs.valid_N], outputs.labels_N[outputs.valid_N]
+    if protocol != "argmax":
+        anchor_C = prior_C if prior_C is not None else subject.stored_anchor_C
+        assert anchor_C is not None
+        scores_NC = invert(scores_NC, anchor_C.double())
+    softmax = protocol == "argmax"
+    return calibrate(temperable(scores_NC, softmax), probabilities_of(scores_NC, softmax=softmax), labels_N)
+
+
+def _save(subject: Subject, evaluation: Evaluation, shards: ShardSet, facts: dict[str, Any]) -> None:
+    state = subject.checkpoint.json("state.json")
+    kept = {
+        key: state[key] for key in ("checkpoint", "step", "epoch", "steps_per_epoch", "phase", "best") if key in state
     }
-    return evaluation, facts
-
-
-def _check_protocols(asked: Sequence[str] | None, there: Sequence[str]) -> None:
-    """Before the forward pass, not after it."""
-    for name in asked or ():
-        if name not in there:
-            raise OatError(f"protocol {name} does not apply to this checkpoint; it has {', '.join(there)}")
-
-
-def _report(arguments: argparse.Namespace, evaluation: Evaluation, facts: dict[str, object]) -> None:
-    names = arguments.protocol or list(evaluation.protocols)
-    if arguments.predictions is not None:
-        _write_predictions(arguments.predictions, evaluation, names)
-    if arguments.json:
-        protocols = {
-            name: {"accuracy": result.accuracy, "correct": result.correct, "total": result.total, "ties": result.ties}
-            for name, result in evaluation.protocols.items()
-            if name in names
-        }
-        print(json.dumps({**facts, "protocols": protocols}, indent=1))
-        return
-    print(f"{facts['checkpoint']} on {facts['split']}")
-    print(f"{'protocol':<10} {'accuracy':>9} {'correct':>9} {'samples':>9} {'ties':>6}")
-    for name in names:
-        result = evaluation.protocols[name]
-        print(f"{name:<10} {result.accuracy:>9.3%} {result.correct:>9,} {result.total:>9,} {len(result.ties):>6}")
-    if facts["undecodable"]:
-        print(f"{facts['undecodable']} undecodable sample(s) left out; list them with shards/verify.py")
-
-
-def _write_predictions(path: Path, evaluation: Evaluation, names: list[str]) -> None:
-    lines = [",".join(["id", "label", *names])]
-    columns = [evaluation.ids_N, evaluation.labels_N, *(evaluation.protocols[name].predicted_N for name in names)]
-    lines += [",".join(map(str, row)) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    facts = kept | {**facts, "checkpoint": subject.checkpoint.folder.name, "eval_digest": shards.digest}
     try:
-        path.write_text("\n".join(lines) + "\n")
+        write_evaluation(subject.run_folder, evaluation, subject.classes, facts)
     except OSError as error:
-        raise OatError(f"{path}: cannot be written ({error.strerror})") from error
+        raise OatError(f"{subject.run_folder}: cannot be written to ({error.strerror})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,6 +72,7 @@ def practice_config(config: Config, folder: Path, opened: Opened) -> Config:
         data=data,
         checkpoint=replace(config.checkpoint, every_epochs=0, every_steps=0, every_minutes=0.0),
         job=JobConfig(check_seconds=config.job.check_seconds),
+        log=replace(config.log, trackers="none", profile_steps=None, profile_all_ranks=False),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from oat_dist.engine import zero_config
 from oat_dist.engine.ddp import DataParallel
 from oat_dist.engine.launcher import Plan
 from oat_dist.engine.replica import Replica
+from oat_dist.engine.trackers import TrackedRun, start_trackers
 from oat_dist.engine.zero import Zero
 from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import LaunchError, TrainingError
@@ -74,6 +76,10 @@ class Engine:
             self.plan.settings, self.world.size, batch or BatchShape(1, 1), clip_norm, self.precision
         )
         return Zero(self.accelerator, self.world, network, optimizer, settings)
+
+    def start_trackers(self, names: Sequence[str], run: TrackedRun) -> list[Any]:
+        """Accelerate's trackers for `run`, for the main process alone to log to and to finish; see `start_trackers`."""
+        return start_trackers(self.accelerator, names, run)
 
     @contextmanager
     def peers(self) -> Iterator[None]:

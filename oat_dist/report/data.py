@@ -12,36 +12,21 @@ from typing import Any
 import yaml
 
 from oat_dist.errors import DataError
-from oat_dist.report.metrics import METRICS_NAME, PROTOCOLS, Metrics, read_metrics
+from oat_dist.report.evaluation import EVALUATION_NAME, Evaluation, Score, parse_evaluation
+from oat_dist.report.metrics import METRICS_NAME, Metrics, read_metrics
+from oat_dist.report.predictions import PREDICTIONS_NAME, Predictions, check_predictions, read_predictions
 
-__all__ = ["Evaluation", "Run", "Score", "flatten", "fraction", "lookup", "read_run", "wilson"]
+__all__ = ["Run", "flatten", "lookup", "read_run", "wilson"]
 
 _Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Score:
-    """Accuracy (0..1) under one protocol, with its counts where they are known."""
-
-    protocol: str
-    accuracy: float
-    correct: int | None
-    total: int | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """evaluation.json: `scores` in our order of protocols, `raw` the whole file."""
-
-    scores: list[Score]
-    class_names: list[str]
-    per_class: dict[str, list[float | None]]
-    raw: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Run:
-    """A run folder. `evaluation` is None where there is none; `config_text` is the file as it stands."""
+    """A run folder; `evaluation` and `predictions` are None where there are none, `config_text` is the file as it is.
+
+    `warnings` are lines of text about what is missing or odd; those of the trainer are among them.
+    """
 
     name: str
     config: dict[str, Any]
@@ -49,7 +34,56 @@ class Run:
     environment: dict[str, Any]
     metrics: Metrics
     evaluation: Evaluation | None
+    predictions: Predictions | None
     warnings: list[str]
+
+    @property
+    def protocol(self) -> str:
+        """The protocol of the headline: the configured one, or argmax for a network trained without OAT."""
+        known = [s.protocol for s in self.evaluation.scores] if self.evaluation is not None else []
+        known = known or [row.protocol for row in self.last_validation]
+        configured = lookup(self.config, "eval.protocol")
+        choice = [name for name in (configured, "batch", "argmax") if name in known]
+        return choice[0] if choice else (known or ["batch"])[0]
+
+    @property
+    def last_validation(self) -> list[Any]:
+        """The rows of the last evaluation in training, one a protocol."""
+        rows = self.metrics.validation
+        return [row for row in rows if row.step == rows[-1].step]
+
+    @property
+    def score(self) -> Score | None:
+        """The headline: the last epoch under `protocol`, not what the evaluated split itself selected."""
+        scores = self.scores
+        return next((score for score in scores if score.protocol == self.protocol), scores[0] if scores else None)
+
+    @property
+    def scores(self) -> list[Score]:
+        """Of the last epoch: from evaluation.json where that is of it, else from the last validation."""
+        if self.evaluation is not None and self.evaluation.scores and not self.selected_on:
+            return self.evaluation.scores
+        return [Score(row.protocol, row.accuracy, row.correct, row.total) for row in self.last_validation]
+
+    @property
+    def selected_on(self) -> str:
+        """The split that selected the evaluated checkpoint, where it was evaluated on that very split; else empty."""
+        if self.evaluation is None or not self.metrics.validation:
+            return ""
+        raw = self.evaluation.raw
+        best, step = raw.get("best"), raw.get("step")
+        if not isinstance(best, Mapping) or type(step) is not int:
+            return ""
+        chosen = best.get("step") == step or (best.get("checkpoint") or "?") == raw.get("checkpoint")
+        later = self.metrics.validation[-1].step > step
+        same = best.get("split") is not None and best.get("split") == raw.get("split")
+        return str(best["split"]) if chosen and later and same else ""
+
+    @property
+    def trained_with_oat(self) -> bool:
+        """True when the last phase was OAT."""
+        rows = self.metrics.training or self.metrics.validation
+        return bool(rows) and rows[-1].phase == "oat"
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
@@ -58,11 +92,6 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     centre = (p + z2 / 2) / (1 + z2)
     half = math.sqrt(z2) * math.sqrt(p * (1 - p) + z2 / 4) / (1 + z2)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def fraction(value: Any) -> float | None:
-    """`value` as a number in 0..1, None where it is none."""
-    return float(value) if type(value) in (int, float) and 0 <= value <= 1 else None
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -93,13 +122,19 @@ def read_run(folder: Path) -> Run:
     warnings: list[str] = []
     metrics = read_metrics(folder / METRICS_NAME)
     config_text = _read_text(folder / "config.yaml", warnings)
+    evaluation = None
+    if (folder / EVALUATION_NAME).exists():
+        path = folder / EVALUATION_NAME
+        evaluation = parse_evaluation(_parse(path, _read_text(path, warnings), warnings), warnings)
+    predictions = read_predictions(folder / PREDICTIONS_NAME, warnings)
     run = Run(
         name=folder.resolve().name,
         config=_parse(folder / "config.yaml", config_text, warnings),
         config_text=config_text,
         environment=_parse(folder / "environment.json", _read_text(folder / "environment.json", warnings), warnings),
         metrics=metrics,
-        evaluation=_read_evaluation(folder / "evaluation.json", warnings),
+        evaluation=evaluation,
+        predictions=check_predictions(predictions, evaluation, warnings),
         warnings=warnings,
     )
     warnings += _metrics_warnings(metrics) + _evaluation_warnings(run)
@@ -129,47 +164,6 @@ def _parse(path: Path, text: str, warnings: list[str]) -> dict[str, Any]:
     return values
 
 
-def _read_evaluation(path: Path, warnings: list[str]) -> Evaluation | None:
-    if not path.exists():
-        return None
-    raw = _parse(path, _read_text(path, warnings), warnings)
-    protocols = raw.get("protocols")
-    if not isinstance(protocols, Mapping):
-        warnings.append(f"{path.name} holds no accuracies and was left out; start the training again to write it anew.")
-        return None
-    scores = []
-    for name in [p for p in PROTOCOLS if p in protocols] + sorted(set(protocols).difference(PROTOCOLS)):
-        values = protocols[name] if isinstance(protocols[name], Mapping) else {}
-        correct, total = _count(values.get("correct")), _count(values.get("total", raw.get("total")))
-        accuracy = fraction(values.get("accuracy"))
-        if "accuracy" not in values and correct is not None and total:
-            accuracy = fraction(correct / total)
-        if accuracy is None:
-            warnings.append(f"{path.name}: the accuracy under {name!r} is not a number in 0..1 and was left out.")
-            continue
-        if correct is not None and total and abs(accuracy - correct / total) > 1e-6:
-            warnings.append(f"{path.name}: the accuracy under {name!r} is not {correct:,} of {total:,}.")
-        scores.append(Score(name, accuracy, correct, total))
-    return Evaluation(scores, _names(raw.get("class_names")), _per_class(raw.get("per_class")), raw)
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
-
-
-def _names(value: Any) -> list[str]:
-    return [str(name) for name in value] if isinstance(value, list) else []
-
-
-def _per_class(value: Any) -> dict[str, list[float | None]]:
-    """Accuracies by protocol; None for a class without samples (null or NaN in the file)."""
-    if not isinstance(value, Mapping):
-        return {}
-    rows = {name: accuracies for name, accuracies in value.items() if isinstance(accuracies, list)}
-    order = [p for p in PROTOCOLS if p in rows] + sorted(set(rows).difference(PROTOCOLS))
-    return {name: [fraction(a) for a in rows[name]] for name in order}
-
-
 def _metrics_warnings(metrics: Metrics) -> list[str]:
     found = []
     if metrics.lines_skipped:
@@ -186,13 +180,15 @@ def _metrics_warnings(metrics: Metrics) -> list[str]:
             f"Fingerprints differ between the first and a later pass over the same steps ({steps}): "
             "the run resumed with another data order."
         )
+    said = {e.text: e for e in metrics.events if e.name == "warning" and e.text}  # each text once
+    found += [f"{text} (step {e.step:,})" if e.step is not None else text for text, e in said.items()]
     return found
 
 
 def _evaluation_warnings(run: Run) -> list[str]:
     if run.evaluation is None or not run.metrics.training:
         return []
-    evaluated, last = _count(run.evaluation.raw.get("step")), run.metrics.training[-1].step
-    if evaluated is not None and evaluated < last:
+    evaluated, last = run.evaluation.raw.get("step"), run.metrics.training[-1].step
+    if type(evaluated) is int and evaluated < last:
         return [f"The evaluated checkpoint is of step {evaluated:,}; the log goes on to step {last:,}."]
     return []

@@ -21,6 +21,7 @@ from oat_dist.errors import DataError
 __all__ = [
     "METRICS_NAME",
     "PROTOCOLS",
+    "Anchor",
     "Event",
     "Metrics",
     "Switch",
@@ -32,7 +33,8 @@ __all__ = [
 ]
 
 METRICS_NAME = "metrics.jsonl"
-PROTOCOLS = ("argmax", "batch", "single", "dataset", "stored")
+_LARGEST = 1e300
+PROTOCOLS = ("argmax", "batch", "single", "dataset", "stored", "balanced", "given")  # in the order they are shown in
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Validation:
-    """One accuracy (0..1) under one protocol, after `epoch` finished epochs."""
+    """One accuracy (0..1) under one protocol, after `epoch` finished epochs; `seconds` the whole evaluation took."""
 
     step: int
     epoch: int
@@ -58,15 +60,31 @@ class Validation:
     accuracy: float
     correct: int | None
     total: int | None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The mean training anchor, one number a class, of the epoch that made `epoch` finished ones."""
+
+    step: int
+    epoch: int
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Start, resume, phase change, stop or end of the run; `time` is UTC text, empty where the line has none."""
+    """Start, resume, phase change, warning, stop or end of the run.
+
+    `time` is UTC text, empty where the line has none, `moment` the same as seconds since 1970. `text` is what a warning
+    says.
+    """
 
     name: str
     step: int | None
     time: str
+    moment: float | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,7 @@ class Metrics:
 
     training: list[Training] = field(default_factory=list)
     validation: list[Validation] = field(default_factory=list)
+    anchors: list[Anchor] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     lines_skipped: list[int] = field(default_factory=list)
     non_finite: int = 0
@@ -155,16 +174,20 @@ def _add(metrics: Metrics, line: Any, fingerprints: dict[int, str]) -> None:
     """Sort one parsed line into `metrics`; KeyError, TypeError or ValueError when it is none of ours."""
     if "event" in line:
         step = None if line.get("step") is None else _count(line["step"])
-        event = Event(_text(line["event"]), step, utc_text(line.get("time")))
+        time, text = line.get("time"), line.get("text", "")
+        event = Event(_text(line["event"]), step, utc_text(time), _moment(time), _text(text))
         if event.name in ("start", "resume") and step is not None:
             metrics.training = [row for row in metrics.training if row.step <= step]
             metrics.validation = [row for row in metrics.validation if row.step <= step]
+            metrics.anchors = [row for row in metrics.anchors if row.step <= step]
         metrics.events.append(event)
     elif "protocol" in line:
         metrics.validation.append(_validation(line))
+    elif "anchor" in line and "loss" not in line:
+        metrics.anchors.append(_anchor(line))
     else:
         row = _training(line)
-        metrics.non_finite += sum(isinstance(v, float) and not math.isfinite(v) for v in line.values())
+        metrics.non_finite += sum(isinstance(v, float) and not _drawable(v) for v in line.values())
         metrics.training.append(row)
         if row.fingerprint is not None:
             before = fingerprints.get(row.step)
@@ -189,12 +212,20 @@ def _validation(line: Mapping[str, Any]) -> Validation:
         accuracy=accuracy,
         correct=counts["correct"],
         total=counts["total"],
+        seconds=_duration(line.get("seconds")),
     )
+
+
+def _anchor(line: Mapping[str, Any]) -> Anchor:
+    values = tuple(map(float, line["anchor"]))
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError("an anchor has finite numbers")
+    return Anchor(_count(line["step"]), _count(line["epoch"]), values)
 
 
 def _training(line: Mapping[str, Any]) -> Training:
     float(line["loss"])  # what makes a line a training line
-    numbers = {key: value for key, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
+    numbers = {key: value for key, value in line.items() if type(value) in (int, float) and _drawable(value)}
     fingerprint = line.get("fingerprint")
     return Training(
         step=_count(line["step"]),
@@ -205,12 +236,19 @@ def _training(line: Mapping[str, Any]) -> Training:
     )
 
 
+def _drawable(value: float) -> bool:
+    """Finite, and so far from the largest float that an axis has room above it."""
+    return math.isfinite(value) and abs(value) <= _LARGEST
+
+
 def _last_of_each(metrics: Metrics) -> Metrics:
     """Order by step; of two lines about the same thing the later one counts."""
     training = {row.step: row for row in metrics.training}
     validation = {(row.step, row.protocol, row.split): row for row in metrics.validation}
     metrics.training = [training[step] for step in sorted(training)]
     metrics.validation = sorted(validation.values(), key=lambda row: row.step)
+    anchors = {row.step: row for row in metrics.anchors}
+    metrics.anchors = [anchors[step] for step in sorted(anchors)]
     return metrics
 
 
@@ -226,10 +264,28 @@ def _text(value: Any) -> str:
     return value.encode(errors="replace").decode()  # a lone surrogate could not be written anywhere
 
 
+def _duration(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and 0 <= value < math.inf else None
+
+
+def _moment(value: Any) -> float | None:
+    """Seconds since 1970, where `value` says so clearly."""
+    if type(value) in (int, float):
+        return float(value) if math.isfinite(value) else None
+    try:
+        moment = datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return None if moment.tzinfo is None else moment.timestamp()
+
+
 def utc_text(value: Any) -> str:
     """Seconds since 1970 or ISO text, as UTC text; empty for anything else."""
     if type(value) in (int, float):
-        moment = datetime.fromtimestamp(value, UTC)
+        try:
+            moment = datetime.fromtimestamp(value, UTC)
+        except (ValueError, OverflowError, OSError):  # not a time that there is
+            return ""
     elif isinstance(value, str):
         try:
             moment = datetime.fromisoformat(value)

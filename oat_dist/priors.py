@@ -1,0 +1,66 @@
+"""What the scores of a model are made with: the anchor of its training, or a class prior in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oat_dist.answers import class_prior
+from oat_dist.errors import CheckpointError, ConfigError
+
+__all__ = ["Prior", "anchor_for"]
+
+Prior = str | Mapping[str, float] | Sequence[float]
+
+
+def anchor_for(prior: Prior, card: dict[str, Any], stored_anchor_C: Tensor | None) -> tuple[str, Tensor | None]:
+    """The class prior in words, and the anchor (C,) in float64; None for a network trained with cross-entropy alone.
+
+    Args:
+        prior: "training" (the stored anchor), "balanced", ``"class=share,..."``, a JSON file, a mapping from class to
+            share, or the shares in the order of the classes. Anything but "training" takes a model whose anchor
+            estimates the class prior: ``anchor.center=prior``.
+        card: the model's; names its objective, center and classes.
+
+    Raises:
+        ConfigError: a prior that is none, or that this model cannot be asked for.
+    """
+    as_trained = isinstance(prior, str) and prior == "training"
+    if card["objective"] != "oat":
+        if not as_trained:
+            raise ConfigError(
+                "this network was trained with cross-entropy alone: it has no anchor that a class prior could replace"
+            )
+        return "training", None
+    if stored_anchor_C is None:
+        raise CheckpointError("this model has no stored anchor")
+    if as_trained:
+        return "training", stored_anchor_C.double()
+    if card["center"] != "prior":
+        raise ConfigError(
+            f"this model was trained with anchor.center={card['center']}, whose anchor is no class prior; another "
+            "prior can be given to one trained with anchor.center=prior"
+        )
+    if isinstance(prior, str):
+        return prior, class_prior(prior, card["classes"], stored_anchor_C)
+    return "given", _given(prior, card["classes"])
+
+
+def _given(prior: Mapping[str, float] | Sequence[float], classes: Sequence[str]) -> Tensor:
+    """Shares (C,) that sum to one, of a mapping or a sequence."""
+    if isinstance(prior, Mapping):
+        if different := sorted(map(str, set(prior) ^ set(classes))):
+            raise ConfigError(f"prior: must name every class once and no other; {different[0]!r} does not fit")
+        prior = [prior[name] for name in classes]
+    try:
+        prior_C = torch.tensor([float(share) for share in prior], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"prior: must be numbers ({error})") from error
+    if len(prior_C) != len(classes):
+        raise ConfigError(f"prior: {len(prior_C)} shares for {len(classes)} classes")
+    if not bool(torch.isfinite(prior_C).all()) or bool((prior_C < 0).any()) or float(prior_C.sum()) <= 0:
+        raise ConfigError("prior: shares must be numbers of at least 0, not all of them 0")
+    return prior_C / prior_C.sum()
