@@ -4,17 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing scale soak vit-l cifar10 campaign clean
+.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing bench-exports scale soak vit-l cifar10 campaign clean
 
 help:
 	@echo "make quickstart   install, pack digits, train with OAT on two processes (or every GPU), evaluate, report"
-	@echo "make test         every test, on real processes (OAT_TEST_DATA=FOLDER adds those on real photos)"
+	@echo "make test         every test, on real processes, two files at a time (OAT_TEST_DATA=FOLDER adds those on real photos)"
 	@echo "make check        format, lint and types"
 	@echo "make format       mend format and lint"
 	@echo "make bench        our training step and loss against bare PyTorch; global anchors against each rank's own"
 	@echo "make bench-memory what DDP and ZeRO-1, 2, 3 hold of ViT-L-16 on two CPU processes, against theory"
 	@echo "make bench-data   our loader against webdataset, ImageFolder, streaming, DALI; decoding alone (BENCH_FLAGS=...)"
 	@echo "make bench-packing   pack against tar, verify against sha256sum"
+	@echo "make bench-exports SPLIT=FOLDER   many networks exported, and how far each export is from the network"
 	@echo "make scale        an index of 100 million samples: opening it, planning over it, and the memory of both"
 	@echo "make soak SPLIT=FOLDER   the loader over many epochs, and whether its memory grows"
 	@echo "make vit-l        ViT-L-16 takes steps under ZeRO-2 and ZeRO-3 on two CPU processes"
@@ -33,7 +34,7 @@ quickstart: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/quickstart.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -56,6 +57,10 @@ bench-data: $(READY)
 
 bench-packing: $(READY)
 	$(BIN)/python benchmarks/packing.py $(BENCH_FLAGS)
+
+bench-exports: $(READY)
+	@test -n "$(SPLIT)" || { echo "error: say which packed split: make bench-exports SPLIT=packed/photos/test"; exit 1; }
+	$(BIN)/python benchmarks/exports.py "$(SPLIT)"
 
 scale: $(READY)
 	$(BIN)/python benchmarks/scale.py $(BENCH_FLAGS)

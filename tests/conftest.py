@@ -22,6 +22,23 @@ CIFAR_IMAGES = 40  # of each class
 
 PhotoMaker = Callable[..., ShardSet]
 
+# They take the longest, so that they begin first: two workers then end at about the same time.
+SLOWEST = (
+    *("slurm/test_jobs", "test_training", "test_launch", "test_portable", "test_campaign", "test_engines"),
+    *("test_verify_parallel", "test_model_options", "test_exactness", "test_live", "test_export", "test_kill"),
+    *("test_doctor", "test_photos", "test_benchmarks", "test_stopping", "test_evaluate_command"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: number for number, name in enumerate(SLOWEST)}
+    top = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        return places.get(item.path.relative_to(top).with_suffix("").as_posix(), len(places))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:

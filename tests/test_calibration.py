@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from oat_dist import OATLoss
-from oat_dist.answers import AnswerHead, class_prior, project_to_simplex
+from oat_dist.answers import AnswerHead, project_to_simplex
 from oat_dist.calibration import calibrate, fit_temperature, read_temperature, write_temperature
 from oat_dist.checkpoint import Checkpoint
 from oat_dist.errors import CheckpointError, ConfigError, DataError
+from oat_dist.priors import class_prior
 
 CLASSES = ["ant", "bee", "cow = moo"]
 

@@ -35,7 +35,20 @@ def refusal(capsys: Capture, command: Callable[[list[str]], int], *arguments: ob
 
 
 @pytest.mark.parametrize(
-    "command", ["pack", "index", "verify", "inspect", "train", "evaluate", "predict", "report", "verify-parallel"]
+    "command",
+    [
+        "pack",
+        "index",
+        "verify",
+        "inspect",
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "report",
+        "verify-parallel",
+        "doctor",
+    ],
 )
 def test_help_of_every_command(capsys: Capture, command: str) -> None:
     with pytest.raises(SystemExit) as ended:

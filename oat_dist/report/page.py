@@ -27,7 +27,7 @@ from oat_dist.report.html import (
     tag,
     warning_list,
 )
-from oat_dist.report.metrics import METRICS_NAME, utc_text
+from oat_dist.report.metrics import METRICS_NAME, phase_name, utc_text
 from oat_dist.report.pairs import PAIRED_NOTE, compare_pair, paired_table
 from oat_dist.report.timing import duration, read_timing, timing_section
 
@@ -101,9 +101,10 @@ def _stats(run: Run) -> Html:
         spent = sum(phase.seconds or 0.0 for phase in timing.phases)
     if spent is not None:
         tiles.append(("Time", duration(spent), "with evaluations" if timing.wall is not None else "training alone"))
-    speeds = [phase.speed for phase in timing.phases if phase.speed is not None]
-    if speeds:
-        tiles.append(("Samples per second", f"{speeds[-1]:,.0f}", "median, all ranks"))
+    phases = [phase for phase in timing.phases if phase.speed is not None]
+    if phases:
+        note = "median, all ranks" + (f", {phase_name(phases[-1].phase)}" if len(phases) > 1 else "")
+        tiles.append(("Samples per second", f"{phases[-1].speed:,.0f}", note))
     parameters = run.environment.get("parameters")
     if type(parameters) is int:
         tiles.append(("Parameters", _short(parameters), lookup(run.config, "model.name") or ""))
