@@ -10,6 +10,7 @@ of the other half.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,20 @@ from torch import Tensor
 from oat_dist.checkpoint import Checkpoint
 from oat_dist.data.plan import EpochOrder
 from oat_dist.errors import CheckpointError, DataError, OatError
-from oat_dist.files import write_atomic
+from oat_dist.files import sha256_bytes, write_atomic
 from oat_dist.measures import calibration_error
 
-__all__ = ["Calibration", "calibrate", "fit_temperature", "read_calibration", "read_temperature", "write_temperature"]
+__all__ = [
+    "Calibration",
+    "calibrate",
+    "fit_temperature",
+    "prior_key",
+    "read_calibration",
+    "read_temperature",
+    "write_temperature",
+]
 
+_FORM = "max(s, 0.1 / C)^(1 / T), of cross-entropy softmax(z / T)"  # what a kept temperature is one of
 _STEPS = 100  # of Newton's method, safeguarded by bisection
 _LEAST, _MOST = 1e-6, 1e6  # of 1/T
 
@@ -110,6 +120,14 @@ def _ece(probabilities_NC: Tensor, labels_N: Tensor) -> float:
     return calibration_error(confidence_N.numpy(), (predicted_N == labels_N).numpy())
 
 
+def prior_key(name: str, prior_C: Tensor | None) -> str:
+    """Under which a temperature is kept: "training", "balanced", or what tells given shares (C,) apart."""
+    if name in ("training", "balanced") or prior_C is None:
+        return name
+    shares = ",".join(f"{share:.9g}" for share in prior_C.tolist())
+    return f"given {sha256_bytes(shares.encode())[:16]}"
+
+
 def _place(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.parent.parent / "calibration" / f"{checkpoint.folder.name}.json"
 
@@ -124,7 +142,7 @@ def write_temperature(checkpoint: Checkpoint, prior: str, split: str, found: Cal
     try:
         entries = _read(path) if path.exists() else {}
         if entries.get("weights_sha256") != _weights(checkpoint):
-            entries = {"weights_sha256": _weights(checkpoint), "priors": {}}
+            entries = {"form": _FORM, "weights_sha256": _weights(checkpoint), "priors": {}}
         entries["priors"][prior] = {"split": split, **asdict(found)}
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, json.dumps(entries, indent=1) + "\n")
@@ -146,7 +164,7 @@ def read_calibration(checkpoint: Checkpoint, prior: str = "training") -> dict[st
     """
     path = _place(checkpoint)
     command = f"oat-dist evaluate {checkpoint.folder} --split VALIDATION --fit-temperature"
-    command += "" if prior == "training" else f" --prior {prior}"
+    command += {"training": "", "balanced": " --prior balanced"}.get(prior, " --prior (the same shares)")
     if not path.exists():
         raise CheckpointError(f"{path}: this checkpoint is not calibrated; fit a temperature first: {command}")
     entries = _read(path)
@@ -162,12 +180,12 @@ def read_calibration(checkpoint: Checkpoint, prior: str = "training") -> dict[st
 def _read(path: Path) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_text())
-        if isinstance(entries["weights_sha256"], str) and all(
-            float(entry["temperature"]) > 0 for entry in entries["priors"].values()
-        ):
+        kept = entries["priors"].values()
+        whole = all(0 < float(one["temperature"]) < math.inf and isinstance(one["split"], str) for one in kept)
+        if whole and isinstance(entries["weights_sha256"], str) and entries["form"] == _FORM:
             return entries
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass
-    raise CheckpointError(f"{path}: damaged; remove it and fit a temperature anew")
+    raise CheckpointError(f"{path}: damaged, or of another version; remove it and fit a temperature anew")

@@ -112,6 +112,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: there is none, or the one named is damaged.
     """
     if _step_of(path.absolute()) is not None and not (path / "checkpoints").is_dir():
+        if len(path.parts) < 3 or ".." in path.parts:  # its run is known from its path
+            path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links, absolute() keeps ".."
         problem = verify(path) if path.is_dir() else "no such folder"
         if problem:
             raise CheckpointError(f"{path}: {problem}")

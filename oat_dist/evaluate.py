@@ -62,6 +62,8 @@ def collect(
         TrainingError: outputs that are not finite, on every rank.
         DataError: some sample was not seen exactly once.
     """
+    if num_samples == 0:
+        raise DataError("the evaluation split holds no samples")
     ids, labels, valid, logits = [], [], [], []
     with torch.no_grad():  # not inference mode: weights that are gathered in it could not be trained on
         for batch in batches:

@@ -80,7 +80,8 @@ def oat_scores(logits_NC: Tensor, center: str, floor: float, group: int | None =
         logits_NC: outputs, float64 for exact repetition.
         group: every `group` consecutive rows are one test batch (1: each sample is its own); None: all rows are.
     """
-    size = max(len(logits_NC), 1) if group is None else group
+    size = max(len(logits_NC), 1)
+    size = size if group is None else min(group, size)
     count_G1 = segment_sum(torch.ones_like(logits_NC[:, :1]), size)
     center_GC = segment_sum(center_map(logits_NC, center), size) / count_G1
     anchor_GC = anchor_of(center_GC, center, floor)

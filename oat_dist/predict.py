@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oat_dist.answers import AnswerHead, project_to_simplex
-from oat_dist.calibration import read_temperature
+from oat_dist.calibration import prior_key, read_temperature
 from oat_dist.checkpoint import Checkpoint, find_checkpoint
 from oat_dist.data.images.pipeline import ImagePipeline
 from oat_dist.data.images.transforms import Normalise
@@ -137,12 +137,8 @@ class OATClassifier:
             raise CheckpointError(f"{path}: an exported model, not a run; load it with OATClassifier.from_pretrained")
         checkpoint = find_checkpoint(path)
         network, card, anchor_C = load_network(checkpoint)
-        if calibrated and not isinstance(prior, str):
-            raise ConfigError(
-                "a temperature is fitted for a prior that is given as text: training, balanced, or a=0.1,b=0.9"
-            )
-        anchor_for(prior, card, anchor_C)  # what cannot be is said before a missing temperature is
-        temperature = read_temperature(checkpoint, str(prior)) if calibrated else None
+        key = prior_key(*anchor_for(prior, card, anchor_C))  # what cannot be is said before a missing temperature is
+        temperature = read_temperature(checkpoint, key) if calibrated else None
         weights = checkpoint.json("manifest.json")["files"]["model.safetensors"]["sha256"]
         source = {
             "run": checkpoint.folder.absolute().parent.parent.name,

@@ -58,13 +58,11 @@ def _given(prior: Mapping[str, float] | Sequence[float], classes: Sequence[str])
         prior = [prior[name] for name in classes]
     try:
         prior_C = torch.tensor([float(share) for share in prior], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"prior: must be numbers ({error})") from error
     if len(prior_C) != len(classes):
         raise ConfigError(f"prior: {len(prior_C)} shares for {len(classes)} classes")
-    if not bool(torch.isfinite(prior_C).all()) or bool((prior_C < 0).any()) or float(prior_C.sum()) <= 0:
-        raise ConfigError("prior: shares must be numbers of at least 0, not all of them 0")
-    return prior_C / prior_C.sum()
+    return _normalised(prior_C, "prior")
 
 
 def class_prior(asked: str, classes: Sequence[str], stored_anchor_C: Tensor) -> Tensor:
@@ -90,8 +88,14 @@ def class_prior(asked: str, classes: Sequence[str], stored_anchor_C: Tensor) -> 
         )
         raise ConfigError(f"--prior {asked}: {what}; the classes are {', '.join(classes[:20])}")
     prior_C = torch.tensor([shares[name] for name in classes], dtype=torch.float64)
-    if not bool(torch.isfinite(prior_C).all()) or bool((prior_C < 0).any()) or float(prior_C.sum()) <= 0:
-        raise ConfigError(f"--prior {asked}: shares must be numbers of at least 0, not all of them 0")
+    return _normalised(prior_C, f"--prior {asked}")
+
+
+def _normalised(prior_C: Tensor, where: str) -> Tensor:
+    largest = float(prior_C.max())
+    if not bool(torch.isfinite(prior_C).all()) or bool((prior_C < 0).any()) or largest <= 0:
+        raise ConfigError(f"{where}: shares must be numbers of at least 0, not all of them 0")
+    prior_C = prior_C / largest  # the sum of large shares may be infinite
     return prior_C / prior_C.sum()
 
 
@@ -113,10 +117,13 @@ def _shares(asked: str, classes: Sequence[str]) -> dict[str, float]:
                 raise ConfigError(f"--prior {asked}: {len(values)} shares for {len(classes)} classes")
             values = dict(zip(classes, values, strict=True))
     else:
-        values = dict(part.rpartition("=")[::2] for part in asked.split(","))
+        pairs = [part.rpartition("=")[::2] for part in asked.split(",")]
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ConfigError(f"--prior {asked}: names a class twice")
     if not isinstance(values, Mapping):
         raise problem
     try:
         return {str(name).strip(): float(share) for name, share in values.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise problem from error

@@ -151,6 +151,9 @@ class StepProfiler:
             table = recorded.key_averages().table(sort_by=order, row_limit=_TOP_ROWS, max_name_column_width=60)
             path.with_suffix(".txt").write_text(f"{table}\n")
         except OSError as error:
+            for rest in (part, Path(f"{part}.tmp")):  # a full disk: the training needs the room
+                with contextlib.suppress(OSError):
+                    rest.unlink()
             self._say(f"warning: {path}: the profile cannot be written ({error.strerror}); the training goes on")
             return
         if self.world.is_main:

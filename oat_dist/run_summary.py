@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from oat_dist.errors import OatError
 from oat_dist.pace import in_words
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def finish_run(trainer: Trainer) -> None:
     print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}", flush=True)
     from oat_dist.report import write_report  # with matplotlib: a second that every rank would pay at its start
 
-    print(f"report    {write_report(folder)}")
+    try:
+        print(f"report    {write_report(folder)}")
+    except (OatError, OSError) as error:  # the training is whole all the same
+        print(f"report    not written ({error}); mend that, then: oat-dist report {shlex.quote(str(folder))}")
     print("\n".join(_next(trainer)))
 
 
@@ -126,7 +130,7 @@ def _next(trainer: Trainer) -> list[str]:
     run = shlex.quote(str(trainer.folder.path))
     other = trainer.validation.best.get("step", trainer.step) != trainer.step
     commands = [
-        f"oat-dist evaluate {run}{' --checkpoint best' if other else ''}",
+        *([] if trainer.data.eval_set is None else [f"oat-dist evaluate {run}{' --checkpoint best' if other else ''}"]),
         f"oat-dist predict {run} IMAGE...",
         f"oat-dist export {run} FOLDER",
     ]

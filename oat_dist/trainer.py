@@ -152,9 +152,10 @@ class Trainer:
             self.log.evaluated(self.validation.best)
             self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
         self.folder.cut_torn_line()
-        if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
+        if self.step < self.total_steps or self.validation.due:
             facts = run_facts(self.engine, self.data, self.num_parameters)
-            self.folder.write_json("environment.json", environment(self.world, **facts))
+            if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
+                self.folder.write_json("environment.json", environment(self.world, **facts))
             how = {name: facts[name] for name in ("engine", "precision", "threads")} | {"world_size": self.world.size}
             self.log.started(self.step, newest is not None, how, notes)
         if self.validation.due and newest is not None and self._validate():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oat_dist import OATLoss
 from oat_dist.answers import AnswerHead, project_to_simplex
-from oat_dist.calibration import calibrate, fit_temperature, read_temperature, write_temperature
+from oat_dist.calibration import calibrate, fit_temperature, prior_key, read_temperature, write_temperature
 from oat_dist.checkpoint import Checkpoint
 from oat_dist.errors import CheckpointError, ConfigError, DataError
 from oat_dist.priors import class_prior
@@ -128,6 +128,7 @@ def test_class_priors(tmp_path: Path) -> None:
         "ant=1,bee=1": "lacks cow = moo",
         "ant=1,bee=1,cow = moo=1,dog=1": "names dog, no class",
         "ant=1,bee=1,cow = moo=many": "must be training",
+        "ant=1,bee=1,cow = moo=1,ant=2": "names a class twice",
         "ant=1,bee=-1,cow = moo=1": "at least 0",
         "ant=0,bee=0,cow = moo=0": "not all of them 0",
         "ant=nan,bee=1,cow = moo=1": "at least 0",
@@ -136,7 +137,9 @@ def test_class_priors(tmp_path: Path) -> None:
     for asked, problem in wrong.items():
         with pytest.raises(ConfigError, match=problem):
             class_prior(asked, CLASSES, stored_C)
-    for text in ("[1, 2]", "3", "[", '{"ant": [1]}'):
+    path.write_text("[1e308, 1e308, 1e308]")
+    assert class_prior(str(path), CLASSES, stored_C).tolist() == pytest.approx([1 / 3] * 3)
+    for text in ("[1, 2]", "3", "[", '{"ant": [1]}', f"[1, 1, 1{'0' * 400}]"):
         path.write_text(text)
         with pytest.raises(ConfigError, match=str(path)):
             class_prior(str(path), CLASSES, stored_C)
@@ -174,6 +177,13 @@ def test_calibration_is_measured_on_samples_that_did_not_choose_the_temperature(
     assert own < found.nll < own + 0.01  # a little worse than on the samples that chose it, never better
 
 
+def test_given_shares_are_told_apart_by_what_they_are() -> None:
+    shares_C = torch.tensor([0.2, 0.3, 0.5]).double()
+    assert prior_key("a.json", shares_C) == prior_key("x=2,y=3,z=5", shares_C.clone())
+    assert prior_key("a.json", shares_C) != prior_key("a.json", torch.tensor([0.3, 0.2, 0.5]).double())
+    assert [prior_key(name, shares_C) for name in ("training", "balanced")] == ["training", "balanced"]
+
+
 def some_checkpoint(tmp_path: Path, sha256: str = "ab") -> Checkpoint:
     folder = tmp_path / "run" / "checkpoints" / "step-3"
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +209,13 @@ def test_temperatures_are_kept_by_weights_and_prior(tmp_path: Path) -> None:
     write_temperature(other, "training", "val", found)
     with pytest.raises(CheckpointError, match="balanced"):
         read_temperature(other, "balanced")  # it was of the other weights
-    for text in ("", "[]", '{"weights_sha256": "cd"}', '{"weights_sha256": "cd", "priors": {"training": {}}}'):
+    good = json.loads(path.read_text())
+    assert read_temperature(other) == found.temperature
+    older = {key: value for key, value in good.items() if key != "form"}  # a temperature of something else
+    endless = json.loads(path.read_text())
+    endless["priors"]["training"]["temperature"] = float("inf")
+    damaged = [json.dumps(older), json.dumps(endless), json.dumps(good | {"priors": {"training": {"temperature": 1}}})]
+    for text in ("", "[]", '{"weights_sha256": "cd"}', *damaged):
         path.write_text(text)
-        with pytest.raises(CheckpointError, match="damaged; remove it"):
+        with pytest.raises(CheckpointError, match="damaged, or of another version; remove it"):
             read_temperature(other)

@@ -117,6 +117,10 @@ def test_a_temperature_is_fitted_kept_and_used(tiny_run: TinyRun, capsys: Captur
     assert "is not calibrated" in refusal(capsys, evaluate.main, run, "--calibrated")
     message = refusal(capsys, evaluate.main, run, "--fit-temperature", "--split", "train")
     assert "which the run trained on" in message and "held-out" in message
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed" / "holdout").symlink_to(tiny_run.data / "train")
+    elsewhere = ("--data", tmp_path / "renamed", "--split", "holdout")
+    assert "which the run trained on" in refusal(capsys, evaluate.main, run, "--fit-temperature", *elsewhere)
     plain = run_json(capsys, run)
     fitted = run_json(capsys, run, "--fit-temperature")["temperature"]
     kept = json.loads((run / "calibration" / f"step-{tiny_run.steps[-1]}.json").read_text())
@@ -129,6 +133,29 @@ def test_a_temperature_is_fitted_kept_and_used(tiny_run: TinyRun, capsys: Captur
     assert warm["protocols"]["batch"] == plain["protocols"]["batch"]
     assert evaluate.main([str(run), "--fit-temperature"]) == 0
     assert "calibration error" in capsys.readouterr().out
+
+
+def test_a_temperature_that_cannot_be_fitted_costs_no_answer(
+    tiny_run: TinyRun, capsys: Capture, tmp_path: Path
+) -> None:
+    image = image_files(tiny_run.test_split, range(1))[0]
+    samples = [Sample(f"{k}.png", str(k), image) for k in range(10)]
+    write_shards(samples, tmp_path / "few" / "test", classes=[str(k) for k in range(10)], workers=1)
+    capsys.readouterr()
+    assert evaluate.main([str(tiny_run.folder), "--data", str(tmp_path / "few"), "--fit-temperature"]) == 2
+    said = capsys.readouterr()
+    assert "10 samples, 10 classes" in said.out and "stored" in said.out
+    assert said.err == (
+        "error: --fit-temperature: 10 samples are too few to fit a temperature and to check it; use a larger split\n"
+    )
+
+
+def test_a_checkpoint_by_a_short_path(tiny_run: TinyRun, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_json(capsys, tiny_run.folder)["protocols"]
+    monkeypatch.chdir(tiny_run.folder / "checkpoints")
+    assert run_json(capsys, f"step-{tiny_run.steps[-1]}")["protocols"] == expected
+    monkeypatch.chdir(f"step-{tiny_run.steps[-1]}")
+    assert run_json(capsys, ".")["protocols"] == expected
 
 
 def test_a_class_prior_is_for_networks_trained_with_the_center_prior(
@@ -203,7 +230,7 @@ def test_other_data_and_groups(tiny_run: TinyRun, capsys: Capture) -> None:
     assert alone["protocols"]["batch"] == base["single"]  # groups of one are the samples themselves
     assert set(seeds["accuracies"]) == {base["single"]["accuracy"]}
     assert (alone["seed"], alone["group_size"]) == (5, 1)
-    whole = run_json(capsys, tiny_run.folder, "--group-size", 10**6)
+    whole = run_json(capsys, tiny_run.folder, "--group-size", 10**15)
     assert whole["protocols"]["batch"]["correct"] == base["dataset"]["correct"]
 
 
@@ -221,6 +248,9 @@ def test_predictions_agree_with_the_accuracies(tiny_run: TinyRun, capsys: Captur
     run_json(capsys, tiny_run.folder, "--predictions", path, "--protocol", "single")
     assert path.read_text().splitlines()[0] == "id,label,single"
     missing = tmp_path / "no" / "x.csv"
+    same = ("--predictions", tmp_path / "one", "--output", tmp_path / "one")
+    assert "would overwrite each other" in refusal(capsys, evaluate.main, tiny_run.folder, *same)
+    assert "a folder; name a file" in refusal(capsys, evaluate.main, tiny_run.folder, "--output", tmp_path)
     text = refusal(capsys, evaluate.main, tiny_run.folder, "--predictions", missing)
     assert text == f"{missing}: no such folder to write to"
 

@@ -332,7 +332,7 @@ def test_calibrated_probabilities(tiny_run: TinyRun, prior_run: Path, files: lis
         assert torch.allclose(probabilities_BC, tempered_BC / tempered_BC.sum(dim=1, keepdim=True), atol=1e-6)
     with pytest.raises(CheckpointError, match=r"not calibrated.*--fit-temperature"):
         OATClassifier.from_checkpoint(tiny_run.folder, calibrated=True)
-    with pytest.raises(ConfigError, match="prior that is given as text"):
+    with pytest.raises(CheckpointError, match="not calibrated under the class prior given"):
         OATClassifier.from_checkpoint(prior_run, prior=[1.0] * 10, calibrated=True)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from oat_dist.anchor import invert
 from oat_dist.answers import probabilities_of, temperable
-from oat_dist.calibration import Calibration, calibrate, read_calibration, write_temperature
+from oat_dist.calibration import Calibration, calibrate, prior_key, read_calibration, write_temperature
 from oat_dist.commands.arguments import positive
 from oat_dist.commands.evaluation_output import Found, show
 from oat_dist.commands.evaluation_subject import Subject
@@ -22,7 +22,7 @@ from oat_dist.data.progress import show_progress
 from oat_dist.distributed import World
 from oat_dist.engine import start_engine
 from oat_dist.engine.launcher import is_true
-from oat_dist.errors import LaunchError, OatError, run_command
+from oat_dist.errors import DataError, LaunchError, OatError, run_command
 from oat_dist.evaluate import PRIOR_PROTOCOLS, PROTOCOLS, Outputs
 from oat_dist.evaluation_files import write_evaluation
 from oat_dist.priors import anchor_for
@@ -94,19 +94,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for path in (arguments.predictions, arguments.output):
-        if path is not None and not path.parent.is_dir():
+    for path in filter(None, (arguments.predictions, arguments.output)):
+        if not path.parent.is_dir():
             raise OatError(f"{path}: no such folder to write to")
+        if path.is_dir():
+            raise OatError(f"{path}: a folder; name a file to write")
+    if arguments.predictions is not None and arguments.predictions == arguments.output:
+        raise OatError(f"{arguments.output}: --output and --predictions would overwrite each other; name two files")
     if is_true("ACCELERATE_USE_DEEPSPEED"):
         raise LaunchError(
             "evaluation runs without DeepSpeed: start it with plain python, or with cpu-2.yaml or gpus.yaml of "
             "configs/accelerate/"
         )
     engine = start_engine(name="ddp")
-    with engine.peers():
+    with engine.peers(), engine.memory(f"lower --batch-size={arguments.batch_size}; it changes no answer"):
         found = _evaluate(arguments, engine.world)
     if found is not None:
         show(arguments, found)
+        if found.fit_problem is not None:
+            raise OatError(f"--fit-temperature: {found.fit_problem}")
     engine.close()
     return 0
 
@@ -114,23 +120,27 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: World) -> Found | None:
     """What there is to say, on rank 0."""
     subject = Subject.load(arguments.run, arguments.checkpoint, arguments, world)
-    other = None if arguments.against is None else Subject.load(arguments.against, None, arguments, world)
+    other = (
+        None if arguments.against is None else Subject.load(arguments.against, None, arguments, world, data_of=subject)
+    )
     protocols = subject.protocols(given=arguments.prior not in ("training", "balanced"))
     for name in arguments.protocol or ():  # before the forward pass, not after it
         if name not in protocols:
             raise OatError(f"protocol {name} does not apply to this checkpoint; it has {', '.join(protocols)}")
     answering = _answering(subject, arguments.prior)
+    prior_C = world.together(_prior, subject, arguments.prior)
+    key = prior_key(arguments.prior, prior_C)
     temperatures, facts = {}, subject.facts() | {"prior": arguments.prior, "calibrated": arguments.calibrated}
     if arguments.calibrated:
-        kept = world.together(read_calibration, subject.checkpoint, arguments.prior)
-        temperatures[answering], facts["calibrated_on"] = float(kept["temperature"]), kept["split"]
-    if arguments.fit_temperature and subject.split == subject.train_split:
+        kept = world.together(read_calibration, subject.checkpoint, key)
+        temperatures[answering] = float(kept["temperature"])
+        facts |= {"calibrated_protocol": answering, "calibrated_on": kept["split"]}
+    shards = subject.open_split(world)
+    if arguments.fit_temperature and shards.digest == world.together(lambda: subject.train_digest):
         raise OatError(
             f"--fit-temperature on split {subject.split}, which the run trained on: a temperature is fitted on "
             "held-out data; name another with --split (pack one: shards/pack.py ... --split train=0.9 --split val=0.1)"
         )
-    prior_C = world.together(_prior, subject, arguments.prior)
-    shards = subject.open_split(world)
     if other is not None:
         other.check_pair(subject)
     outputs = _forward(subject, shards, arguments.batch_size, world)
@@ -143,13 +153,17 @@ def _evaluate(arguments: argparse.Namespace, world: World) -> Found | None:
         reference = None
         if other is not None and other_outputs is not None:
             reference = (other, other.judge(other_outputs, 0, None, {}))
-        fitted = None
+        fitted = problem = None
         if arguments.fit_temperature:
-            fitted = _fit(subject, outputs, answering, prior_C)
-            write_temperature(subject.checkpoint, arguments.prior, subject.split, fitted)
+            try:
+                fitted = _fit(subject, outputs, answering, prior_C)
+            except DataError as error:  # the evaluation is done all the same
+                problem = str(error)
+            else:
+                write_temperature(subject.checkpoint, key, subject.split, fitted)
         if arguments.save:
             _save(subject, evaluation, shards, facts)
-        return Found(subject.checkpoint, subject.classes, evaluation, facts, fitted, reference)
+        return Found(subject.checkpoint, subject.classes, evaluation, facts, fitted, problem, reference)
 
     with torch.no_grad():
         return world.together(on_main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from oat_dist.checkpoint import Checkpoint
 from oat_dist.commands.evaluation_subject import Subject
 from oat_dist.errors import OatError
 from oat_dist.files import write_atomic
+from oat_dist.inference.writers import printable
 from oat_dist.measures import PairedTest, paired_test
 from oat_dist.results import Evaluation
 
@@ -31,6 +33,7 @@ class Found:
     evaluation: Evaluation
     facts: dict[str, Any]
     fitted: Calibration | None
+    fit_problem: str | None
     reference: tuple[Subject, Evaluation] | None
 
     def paired(self, names: Sequence[str]) -> dict[str, tuple[str, PairedTest]]:
@@ -49,18 +52,20 @@ def show(arguments: argparse.Namespace, found: Found) -> None:
     """Print the tables or the JSON object, and write the files that were asked for."""
     names = arguments.protocol or list(found.evaluation.protocols)
     pairs = found.paired(names)
-    if arguments.predictions is not None:
-        _write_predictions(arguments.predictions, found.evaluation, names)
     values = _values(found, names, pairs)
+    if arguments.json:
+        print(json.dumps(values, indent=1))
+    else:
+        _print_table(found, values, names)
+        _print_pairs(found, pairs)
+        if found.fitted is not None:
+            _print_fitted(found, arguments.prior)
+    if arguments.predictions is not None:  # what fails here costs no answer
+        _write_predictions(arguments.predictions, found.evaluation, names)
     if arguments.output is not None:
         _write(arguments.output, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     if arguments.json:
-        print(json.dumps(values, indent=1))
         return
-    _print_table(found, values, names)
-    _print_pairs(found, pairs)
-    if found.fitted is not None:
-        _print_fitted(found)
     for path in (arguments.output, arguments.predictions):
         if path is not None:
             print(f"written: {path}")
@@ -99,8 +104,8 @@ def _print_table(found: Found, values: dict[str, Any], names: Sequence[str]) -> 
         spread = f"mean {seeds['mean']:.2%}, standard deviation {100 * seeds['std']:.2f}"
         print(f"batch over {seeds['count']} seeds of its groups: {spread} ({seeds['min']:.2%} to {seeds['max']:.2%})")
     _print_weak_points(found, values, names)
-    if values["calibrated"]:
-        print(f"probabilities with a temperature fitted on {values['calibrated_on']}")
+    if values["calibrated"] and values["calibrated_protocol"] in names:
+        print(f"{values['calibrated_protocol']}: with a temperature fitted on {values['calibrated_on']}")
     if values["undecodable"]:
         print(f"{values['undecodable']} undecodable sample(s) left out; list them with shards/verify.py")
 
@@ -111,11 +116,12 @@ def _print_weak_points(found: Found, values: dict[str, Any], names: Sequence[str
     shares = [(share, k) for k, share in enumerate(values["per_class"][name]) if share is not None]
     if len(shares) < 3:
         return
-    weakest = ", ".join(f"{found.classes[k]} {share:.1%}" for share, k in sorted(shares)[:_LISTED])
+    classes = [printable(name) for name in found.classes]
+    weakest = ", ".join(f"{classes[k]} {share:.1%}" for share, k in sorted(shares)[:_LISTED])
     print(f"weakest classes ({name}): {weakest}")
     wrong = sorted(((n, t, p) for t, p, n in values["confusion"][name] if t != p), key=lambda cell: (-cell[0], cell))
     if wrong:
-        pairs = ", ".join(f"{found.classes[t]} as {found.classes[p]} ({n})" for n, t, p in wrong[:_LISTED])
+        pairs = ", ".join(f"{classes[t]} as {classes[p]} ({n})" for n, t, p in wrong[:_LISTED])
         print(f"most confused ({name}): {pairs}")
 
 
@@ -136,7 +142,7 @@ def _print_pairs(found: Found, pairs: dict[str, tuple[str, PairedTest]]) -> None
     print("(one pair of trainings: the interval covers the choice of test samples, not that of the seed)")
 
 
-def _print_fitted(found: Found) -> None:
+def _print_fitted(found: Found, prior: str) -> None:
     fitted = found.fitted
     assert fitted is not None
     print(
@@ -144,7 +150,8 @@ def _print_fitted(found: Found) -> None:
         f"Each half judged with the other's temperature:\n"
         f"  Brier score {fitted.brier[0]:.4f} -> {fitted.brier[1]:.4f}, calibration error "
         f"{fitted.ece[0]:.4f} -> {fitted.ece[1]:.4f}, log-likelihood {-fitted.nll:.4f}\n"
-        f"next: oat-dist predict {found.checkpoint.folder.parent.parent} IMAGE... --calibrated"
+        f"next: oat-dist predict {shlex.quote(str(found.checkpoint.folder))} IMAGE... --calibrated"
+        + ("" if prior == "training" else f" --prior {shlex.quote(prior)}")
     )
 
 
@@ -157,6 +164,6 @@ def _write_predictions(path: Path, evaluation: Evaluation, names: Sequence[str])
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_atomic(path, text)
+        write_atomic(path, text.encode(errors="backslashreplace"))  # class names may hold lone surrogates
     except OSError as error:
         raise OatError(f"{path}: cannot be written ({error.strerror})") from error

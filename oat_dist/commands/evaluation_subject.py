@@ -32,7 +32,7 @@ class Subject:
     """
     Attributes:
         center: of the OAT anchors; None for a network trained with cross-entropy alone.
-        data, split: what it is evaluated on; `train_split` what it was trained on, where that is known.
+        data, split: what it is evaluated on.
         cache: how remote shards are kept.
         grouping: seed and group_size of protocol "batch".
     """
@@ -44,28 +44,36 @@ class Subject:
     normalise: Normalise
     data: str
     split: str
-    train_split: str | None
     cache: dict[str, Any]
     grouping: dict[str, int]
 
     @classmethod
-    def load(cls, run: Path, name: str | None, arguments: argparse.Namespace, world: World) -> Subject:
+    def load(
+        cls, run: Path, name: str | None, arguments: argparse.Namespace, world: World, *, data_of: Subject | None = None
+    ) -> Subject:
         """The checkpoint `name` of `run` on the device; where `arguments` are silent, the run's configuration speaks.
+
+        Args:
+            data_of: on whose data it is evaluated; None: on its own.
 
         Raises:
             OatError: on every rank.
         """
         checkpoint = world.together(chosen_checkpoint, run, name)
         run_folder = checkpoint.folder.parent.parent
-        data, split, train_split = arguments.data, arguments.split, None
+        data, split = arguments.data, arguments.split
+        if data_of is not None:
+            data, split = data_of.data, data_of.split
         grouping: dict[str, int] = {"seed": 0, "group_size": 32}
         cache: dict[str, Any] = {}
         try:
             config = world.together(read_config, run_folder)
             data, split = data or config["data"]["path"], split or config["data"]["eval_split"]
-            train_split = config["data"].get("train_split")
             cache = {key: config["data"].get(key) for key in ("cache_dir", "cache_gb")}
-            grouping |= {key: config["eval"][key] for key in grouping if key in config.get("eval", {})}
+            given = config.get("eval") or {}
+            grouping |= {key: given[key] for key in grouping if type(given.get(key)) is int}
+            if not isinstance(data, str) or not isinstance(split, str | None):
+                raise OatError(f"{run_folder / 'config.yaml'}: damaged, data.path or data.eval_split is no text")
         except OatError as error:  # a checkpoint on its own will do where the command line says what it lacks
             if data is None or split is None:
                 raise
@@ -84,10 +92,14 @@ class Subject:
             Normalise(card["mean"], card["std"], world.device),
             data,
             split,
-            train_split,
             cache,
             grouping,
         )
+
+    @property
+    def train_digest(self) -> str | None:
+        """Of the data it was trained on, wherever that lies now; None where the checkpoint does not say."""
+        return self.checkpoint.json("state.json").get("train_digest")
 
     @property
     def run_folder(self) -> Path:
