@@ -77,6 +77,16 @@ def not_finite(text: str) -> TrainingError:
     return error
 
 
+def _shown(text: str) -> str:
+    """`text` without what would steer a terminal: names out of strangers' files stand in errors."""
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Run `command`, turning what a user can mend into one line on stderr and exit status 2."""
     try:
@@ -85,7 +95,7 @@ def run_command(command: Callable[[], int]) -> int:
         if error.everywhere and os.environ.get("RANK", "0") != "0":
             # Rank 0 says it. The launcher ends us once it has; exiting first would end rank 0 before it speaks.
             time.sleep(_GRACE_SECONDS)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_shown(str(error))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ __all__ = [
     "sha256_bytes",
     "sha256_file",
     "write_atomic",
+    "write_named",
 ]
 
 
@@ -43,6 +44,16 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_named(path: Path, data: bytes) -> None:
+    """Write to a path that a user names: a link keeps its place, a device or pipe is written to, a file is replaced
+    as a whole."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+    else:
+        write_atomic(path, data)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,7 @@ class Description:
             return cls._checked(values)
         except KeyError as error:
             raise CheckpointError(f"{path}: damaged, {error.args[0]!r} is missing; export the model again") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); export the model again") from error
 
     @classmethod
@@ -291,6 +292,7 @@ def write_portable(folder: Path, network: nn.Module, description: Description) -
     """Write model.safetensors and model.json."""
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / WEIGHTS_NAME)
+    (folder / WEIGHTS_NAME).chmod(0o644)  # safetensors lets its owner alone read it
     write_description(folder, description)
 
 
@@ -305,11 +307,11 @@ def new_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OatError: there is something already, or nothing can be written there.
     """
     _refuse_taken(output, overwrite)
-    staging = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.tmp-", dir=output.parent))
+        staging.chmod(0o755)
+        old = staging.with_name(staging.name.replace(".tmp-", ".old-"))
     except OSError as error:
         raise OatError(f"{output}: cannot be written ({error.strerror}); choose another folder") from error
     try:
@@ -329,12 +331,15 @@ def _put(staging: Path, output: Path, old: Path) -> None:
         output.rename(old)
     try:
         staging.rename(output)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
         if old.exists():
             old.rename(output)
         raise
     fsync_folder(output.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+_WRITTEN = {"README.md", DESCRIPTION_NAME, WEIGHTS_NAME, "model.onnx", "model.onnx.data", "model.pt2"}
 
 
 def _refuse_taken(output: Path, overwrite: bool) -> None:
@@ -348,6 +353,9 @@ def _refuse_taken(output: Path, overwrite: bool) -> None:
         )
     if output.is_symlink() or not is_portable(output):
         raise OatError(f"{output}: is there and is not an exported model, so it is not replaced; choose another folder")
+    others = sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN)
+    if others:
+        raise OatError(f"{output}: holds {others[0]!r}, which no export wrote, so it is not replaced; move that first")
 
 
 def _fsync(path: Path) -> None:

@@ -49,6 +49,9 @@ def load_network(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Any], Ten
         CheckpointError: the weights do not fit the network that the card names.
     """
     card = checkpoint.json("model.json")
+    needed = ("name", "classes", "image_size", "mean", "std", "objective", "center", "floor")
+    if not isinstance(card, dict) or any(key not in card for key in needed):
+        raise CheckpointError(f"{checkpoint.folder / 'model.json'}: damaged, it lacks one of {', '.join(needed)}")
     network = build_network(card, checkpoint.tensors("model.safetensors"), checkpoint.folder)
     anchor_C = None
     if card["objective"] == "oat":
@@ -180,17 +183,21 @@ class OATClassifier:
         stored = description.stored_anchor
         anchor_C = None if stored is None else torch.tensor(stored, dtype=torch.float64)
         temperature, source = description.temperature, description.source
-        if prior is not None and not (isinstance(prior, str) and prior == description.prior):
+        used = description.used_anchor
+        used_C = None if used is None else torch.tensor(used, dtype=torch.float64)
+        # A file may have changed since, and a folder's own name for its shares ("given") says nothing by itself.
+        as_described = prior is None or (prior == description.prior and not str(prior).endswith(".json"))
+        if not as_described and not _same(anchor_for(prior or "training", description.card, anchor_C)[1], used_C):
             if temperature is not None:
                 raise ConfigError(
                     f"{folder}: calibrated for the class prior {description.prior}, and its temperature is of no use "
                     "for another; export the run without --calibrated"
                 )
-            return cls(network, description.card, anchor_C, device, prior=prior, source=source)
+            return cls(network, description.card, anchor_C, device, prior=prior or "training", source=source)
         model = cls(network, description.card, anchor_C, device, temperature=temperature, source=source)
-        if description.used_anchor is not None:
+        if used_C is not None:
             model.prior = description.prior
-            model.head = AnswerHead(torch.tensor(description.used_anchor, dtype=torch.float64), temperature)
+            model.head = AnswerHead(used_C, temperature)
         return model
 
     def save_pretrained(self, folder: Path | str, *, overwrite: bool = False) -> Path:
@@ -326,7 +333,18 @@ class OATClassifier:
         writable_BSSC = np.require(prepared_BSSC, requirements=["C", "W"])  # as torch wants it
         with exact_fp32(self.device):
             outputs_BC = self.network(self.normalise(torch.from_numpy(writable_BSSC)))
-        return outputs_BC.double().cpu()
+        outputs_BC = outputs_BC.double().cpu()
+        if not bool(torch.isfinite(outputs_BC).all()):
+            raise CheckpointError(
+                f"{self.card['name']}: outputs of the network are not finite; its weights are no good"
+            )
+        return outputs_BC
+
+
+def _same(first_C: Tensor | None, second_C: Tensor | None) -> bool:
+    if first_C is None or second_C is None:
+        return first_C is second_C
+    return torch.allclose(first_C, second_C, rtol=1e-9, atol=0.0)
 
 
 def _default_device() -> str:

@@ -92,10 +92,10 @@ def class_prior(asked: str, classes: Sequence[str], stored_anchor_C: Tensor) -> 
 
 
 def _normalised(prior_C: Tensor, where: str) -> Tensor:
-    largest = float(prior_C.max())
-    if not bool(torch.isfinite(prior_C).all()) or bool((prior_C < 0).any()) or largest <= 0:
-        raise ConfigError(f"{where}: shares must be numbers of at least 0, not all of them 0")
-    prior_C = prior_C / largest  # the sum of large shares may be infinite
+    if not bool(torch.isfinite(prior_C).all()) or bool((prior_C <= 0).any()):
+        # Of a share of 0 the other classes' scores might all be negative: the class asked away would be the answer.
+        raise ConfigError(f"{where}: shares must be numbers above 0")
+    prior_C = prior_C / prior_C.max()  # the sum of large shares may be infinite
     return prior_C / prior_C.sum()
 
 

@@ -129,9 +129,9 @@ def test_class_priors(tmp_path: Path) -> None:
         "ant=1,bee=1,cow = moo=1,dog=1": "names dog, no class",
         "ant=1,bee=1,cow = moo=many": "must be training",
         "ant=1,bee=1,cow = moo=1,ant=2": "names a class twice",
-        "ant=1,bee=-1,cow = moo=1": "at least 0",
-        "ant=0,bee=0,cow = moo=0": "not all of them 0",
-        "ant=nan,bee=1,cow = moo=1": "at least 0",
+        "ant=1,bee=-1,cow = moo=1": "above 0",
+        "ant=0,bee=1,cow = moo=1": "above 0",
+        "ant=nan,bee=1,cow = moo=1": "above 0",
         str(tmp_path / "no.json"): "cannot be read",
     }
     for asked, problem in wrong.items():

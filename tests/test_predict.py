@@ -308,7 +308,7 @@ def test_priors_that_cannot_be(tiny_run: TinyRun, prior_run: Path, files: list[b
         (tiny_run.pretrained, "balanced", "trained with cross-entropy alone"),
         (prior_run, "balance", "--prior balance: must be training, balanced"),
         (prior_run, [1.0, 2.0], "prior: 2 shares for 10 classes"),
-        (prior_run, [-1.0] * 10, "prior: shares must be numbers of at least 0"),
+        (prior_run, [-1.0] * 10, "prior: shares must be numbers above 0"),
         (prior_run, ["x"] * 10, "prior: must be numbers"),
         (prior_run, dict.fromkeys(names[1:], 1.0), "prior: must name every class once"),
     ):

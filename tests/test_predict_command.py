@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_run import TinyRun, image_files, tiny_run
+from shard_server import ShardServer
 
 from oat_dist import OATClassifier, cli
-from oat_dist.commands import predict
+from oat_dist.commands import index, predict
 from oat_dist.inference.sources import Item, find_images, listed
 from oat_dist.inference.stream import answer_images
 from oat_dist.inference.writers import Ranked, open_writer, printable
@@ -368,3 +369,37 @@ def test_the_answers_of_one_pass_are_those_of_the_classifier(classifier: OATClas
     labels, probabilities_NC = classifier.predict(files)
     assert answers.labels_B.tolist() == labels
     assert float((answers.probabilities_BC - probabilities_NC).abs().max()) < 1e-6
+
+
+def test_an_output_keeps_links_and_devices(tiny_run: TinyRun, folder: Path, capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    (tmp_path / "target.csv").write_text("older")
+    answered(capsys, tiny_run.folder, folder / "b.png", "--output", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "target.csv").read_text().startswith("file,member,class")
+    null = Path("/dev/null").stat()
+    answered(capsys, tiny_run.folder, folder / "b.png", "--output", "/dev/null")
+    assert (Path("/dev/null").stat().st_rdev, Path("/dev/null").is_char_device()) == (null.st_rdev, True)
+
+
+def test_a_pipe_named_like_a_tar_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "x.tar")
+    problems: list[str] = []
+    found = list(find_images([str(folder)], problems.append))
+    assert len(found) == 5
+    assert problems == [f"{folder}/x.tar: not a regular file"]
+
+
+def test_every_image_of_a_remote_split_is_answered(
+    tiny_run: TinyRun, classifier: OATClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last shards are still being fetched when the last name is known."""
+    with ShardServer(tiny_run.data) as server:
+        monkeypatch.setenv("OAT_DIST_CACHE", str(tmp_path / "cache"))
+        url, theirs = f"{server.url}/test/test-000000.tar", str(tmp_path / "theirs")
+        assert index.main([url, "--output", theirs, "--split", "test", "--label", "cls", "--workers", "1"]) == 0
+        problems: list[str] = []
+        items = find_images([f"{theirs}/test"], problems.append)
+        answers = [one for batch in answer_images(classifier, items, problems.append) for one in batch]
+    assert problems == []
+    assert len(answers) == tiny_run.test_split.num_samples

@@ -14,7 +14,7 @@ from oat_dist.calibration import Calibration
 from oat_dist.checkpoint import Checkpoint
 from oat_dist.commands.evaluation_subject import Subject
 from oat_dist.errors import OatError
-from oat_dist.files import write_atomic
+from oat_dist.files import write_named
 from oat_dist.inference.writers import printable
 from oat_dist.measures import PairedTest, paired_test
 from oat_dist.results import Evaluation
@@ -164,6 +164,6 @@ def _write_predictions(path: Path, evaluation: Evaluation, names: Sequence[str])
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_atomic(path, text.encode(errors="backslashreplace"))  # class names may hold lone surrogates
+        write_named(path, text.encode(errors="backslashreplace"))  # class names may hold lone surrogates
     except OSError as error:
         raise OatError(f"{path}: cannot be written ({error.strerror})") from error

@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     formats, hub_id = parse_formats(arguments.format), arguments.push_to_hub
+    if arguments.output.resolve() == arguments.run.resolve():
+        raise OatError(f"{arguments.output}: is the model that is to be exported; choose another folder")
     check_packages(formats)
     if hub_id is not None:
         if "portable" not in formats:
@@ -137,6 +139,8 @@ def _split(arguments: argparse.Namespace, classifier: OATClassifier) -> tuple[Sh
         path = arguments.run
         config = read_config(path if (path / "config.yaml").exists() else path.absolute().parent.parent)
         data, split = data or config["data"]["path"], split or config["data"]["eval_split"]
+        if not isinstance(data, str) or not isinstance(split, str | None):
+            raise OatError(f"{arguments.run}: its config.yaml is damaged; give --data and --split")
         cache = {key: config["data"].get(key) for key in ("cache_dir", "cache_gb")}
     if split is None:
         raise OatError("the run has no data.eval_split; name one with --split")

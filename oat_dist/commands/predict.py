@@ -197,6 +197,11 @@ def _output(path: Path | None) -> Iterator[tuple[TextIO, Callable[[], None]]]:
         raise OatError(f"{path}: no such folder to write to")
     if path.is_dir():
         raise OatError(f"{path}: a folder; name a file to write to")
+    path = path.resolve()  # a link keeps its place
+    if path.exists() and not path.is_file():  # a device, a pipe
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file, file.flush
+        return
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:

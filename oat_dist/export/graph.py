@@ -47,10 +47,16 @@ def trace(classifier: OATClassifier) -> torch.export.ExportedProgram:
     images = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     try:
         with _no_fast_path():
-            return torch.export.export(graph, (images,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}})
+            program = torch.export.export(
+                graph, (images,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}}
+            )
     except Exception as error:  # whatever comes up while a network of others is traced
         name = classifier.card["name"]
         raise OatError(f"{name}: torch.export cannot trace this network ({first_line(error)})") from error
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody's business
+    return program
 
 
 @contextlib.contextmanager

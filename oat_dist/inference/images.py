@@ -25,7 +25,7 @@ from oat_dist.errors import DataError
 
 __all__ = ["LARGEST_FILE", "as_rgb", "is_single", "read_file"]
 
-LARGEST_FILE = 1 << 30  # bytes of an image file; what is larger is no image that a memory should hold
+LARGEST_FILE = 256 << 20  # bytes of an image file; what is larger is no image that a memory should hold
 _CHANNELS = (1, 3, 4)
 _BYTES = (bytes, bytearray, memoryview)
 

@@ -152,7 +152,11 @@ def _below(top: Path, problem: Problem) -> Iterator[Item | None]:
             if _ending(name) in IMAGES.suffixes:
                 yield _file(path)
             elif name.lower().endswith(_TARS):
-                yield from _in_tar(Path(path), problem)
+                if Path(path).is_file():
+                    yield from _in_tar(Path(path), problem)
+                else:  # a pipe would be waited for
+                    problem(f"{path}: not a regular file")
+                    yield None
         waiting += [f"{folder}/{name}" for name in reversed(folders)]
 
 
@@ -199,12 +203,9 @@ def _in_split(folder: Path, problem: Problem) -> Iterator[Item | None]:
         problem(str(error))
         yield None
         return
-    reader = ShardReader(shards)
-    try:
-        for number in range(shards.num_samples):
-            yield Item(str(folder), _packed_name(shards, number), functools.partial(reader.read, number))
-    finally:
-        reader.close()
+    reader = ShardReader(shards)  # not closed here: threads still read from it when the last item is out
+    for number in range(shards.num_samples):
+        yield Item(str(folder), _packed_name(shards, number), functools.partial(reader.read, number))
 
 
 def _packed_name(shards: ShardSet, number: int) -> str:
