@@ -26,7 +26,7 @@ from oat_dist.report.html import (
 )
 from oat_dist.report.overlay import accuracy_figure, loss_figure
 from oat_dist.report.pairs import PAIRED_NOTE, Pair, compare_pair, p_text, paired_table, points, signed
-from oat_dist.report.timing import duration, read_timing
+from oat_dist.report.timing import cut_off_text, duration, read_timing
 
 __all__ = ["render_comparison"]
 
@@ -83,9 +83,17 @@ def _stats(runs: Sequence[Run], pair: Pair | None) -> Html:
     tiles: list[tuple[str, Any, Any]] = []
     for run in (pair.run, pair.base):
         if (score := run.score) is not None:
-            tiles.append((run.name, f"{percent(score.accuracy)}", f"% under “{score.protocol}”"))
+            tiles.append(
+                (
+                    run.name,
+                    f"{percent(score.accuracy)}",
+                    f"% under “{score.protocol}”" + (f" on {run.split}" if run.split else ""),
+                )
+            )
     low, high = pair.test.interval
     note = f"points, {points(low)} to {points(high)}; p {p_text(pair.test.p_value)}"
+    if not (pair.run.evaluated_last and pair.base.evaluated_last):
+        note += "; saved answers, not those of the headline"
     tiles.append(("Difference, same samples", points(pair.test.difference), note))
     return stats(tiles)
 
@@ -105,12 +113,14 @@ def _results(runs: Sequence[Run]) -> Html:
             cells.append(join([shown, tag("small", interval_text(interval_of(score)))], " "))
         last = run.metrics.validation[-1].epoch if run.metrics.validation else None
         state = "" if run.metrics.finished else " (not finished)"
-        rows.append([run.name, *cells, f"{number(last)}{state}", _best(run)])
+        rows.append([run.name, *cells, run.split or "-", f"{number(last)}{state}", _best(run)])
     caption = (
-        "The last epoch of each run with its 95 % interval over test samples; large: the protocol of its headline. "
+        "The last evaluation of each run with its 95 % interval over samples; large: the protocol of its headline. "
         "The best epoch is selected by the split it is measured on, so it is optimistic."
     )
-    head = ["Run", *(f"{protocol} %#" for protocol in protocols), "Epochs#", "Best epoch"]
+    if len({run.evaluated_on for run in runs if run.score is not None}) > 1:
+        caption += " Not all runs are evaluated on the same data."
+    head = ["Run", *(f"{protocol} %#" for protocol in protocols), "Split", "Epochs#", "Best epoch"]
     return section("Results", table(head, rows, caption=caption, class_="headline"))
 
 
@@ -135,22 +145,25 @@ def _seeds(groups: Sequence[Group], base: Run) -> Html:
         seeds = ", ".join(str(seed) for seed in scores)
         interval = "-" if found.interval is None else "{:.2f} to {:.2f}".format(*found.interval)
         std = "-" if found.std is None else f"{found.std:.2f}"
-        protocol = group.runs[0].protocol
+        protocol = group.first.protocol
         mean = tag("span", f"{found.mean:.2f}", class_="main")
         rows.append([group.name, protocol, seeds, mean, std, interval, *_by_seed(group, home)])
     head = ["Runs", "Protocol", "Seeds", "Mean %#", "Std#", "95 % of the mean#"]
     head += ["Difference by seed, points#", "95 % of its mean#"]
     note = (
-        f"Runs that differ in nothing but their seed. Intervals are Student's t over seeds. Differences are to "
-        f"{home.name}, between runs of the same seed."
+        "Finished runs that differ in nothing but their seed. Intervals are Student's t over seeds. "
+        f"Differences are to {home.name}, between runs of the same seed."
     )
-    repeated = [group.name for group in groups if len(group.by_seed) < len(group.runs)]
+    left_out = {name: why for group in groups for name, why in group.left_out.items()}
+    repeated = [group.name for group in groups if len(group.by_seed) < len(group.counted)]
     again = [tag("p", f"Seeds more than once, counted once: {', '.join(repeated)}.")] if repeated else []
-    return section("Over seeds", table(head, rows, class_="headline"), *again, note=note)
+    if left_out:
+        again.append(tag("p", f"Left out: {', '.join(f'{name} ({why})' for name, why in left_out.items())}."))
+    return section("Over seeds", table(head, rows, class_="headline") if rows else "", *again, note=note)
 
 
 def _by_seed(group: Group, home: Group) -> list[str]:
-    if group is home:
+    if group is home or group.first.evaluated_on != home.first.evaluated_on:
         return ["-", "-"]
     differences = [
         100 * (mine.score.accuracy - theirs.score.accuracy)
@@ -196,6 +209,9 @@ def _times(runs: Sequence[Run]) -> Html:
     caption = (
         "Epochs are training alone. Ratio: an OAT epoch to the first cross-entropy epoch above (the paper: 0.934)."
     )
+    cut_off = [f"{run.name}{cut_off_text(t.cut_off)}" for run, t in zip(runs, timings, strict=True) if t.cut_off]
+    if cut_off:
+        caption += f" Wall time: {'; '.join(cut_off)}."
     if any(timing.estimated for timing in timings):
         caption += " Where a log has no seconds, they are estimated from its throughput."
     return section("Time", table(head, rows, caption=caption))
@@ -216,6 +232,8 @@ def _data(runs: Sequence[Run], base: int) -> Html:
     rows = []
     for run in runs:
         same = {key: _same(run.environment, reference.environment, f"{key}_digest") for key in ("train", "eval")}
+        if run.split != reference.split and run.split and reference.split:
+            same["eval"] = "another split"
         rows.append([run.name, *same.values(), "-" if run is reference else _same_order(run, reference), _machine(run)])
     head = ["Run", "Training data", "Evaluation data", "Order of samples", "Machine"]
     return section(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from oat_dist.report.grid import LEVELS, grid_svg, shade_key
 from oat_dist.report.html import Html, figure, join, percent, section, tag
 from oat_dist.report.metrics import Metrics, phase_name
 
-__all__ = ["curves", "smoothing_note"]
+__all__ = ["curves", "evaluated_when", "smoothing_note"]
 
 _LINES = 12  # classes up to which each has a line of its own
 _ROWS = 200  # classes up to which their anchors are drawn at all
@@ -39,11 +39,22 @@ def smoothing_note(window: int, unit: str) -> str:
     return f" Light: as measured; strong: a running mean over {window} {unit}." if window > 1 else ""
 
 
+def evaluated_when(logs: Iterable[Metrics]) -> tuple[str, str]:
+    """When the accuracies were measured, and what there is one of: epochs, where every one of them has its own."""
+    for metrics in logs:
+        places = sorted({(row.step, row.epoch) for row in metrics.validation})
+        epochs = [epoch for _, epoch in places]
+        if epochs and epochs != list(range(1, len(epochs) + 1)):
+            return "at each evaluation", "evaluations"
+    return "after each epoch", "epochs"
+
+
 def _accuracy_figure(metrics: Metrics) -> Html:
     drawn = [figures.protocol_curve(metrics, protocol) for protocol in metrics.protocols]
     ends = "; ".join(f"{p} {percent(metrics.of_protocol(p)[-1].accuracy)} %" for p in metrics.protocols)
-    caption = f"Accuracy after each epoch. Last values: {ends}."
-    smoothed = smoothing_note(max(curve.window for curve in drawn), "epochs")
+    when, unit = evaluated_when([metrics])
+    caption = f"Accuracy {when}. Last values: {ends}."
+    smoothed = smoothing_note(max(curve.window for curve in drawn), unit)
     svg = figures.accuracy_svg(
         drawn,
         f"Line chart. {caption}",

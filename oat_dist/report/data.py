@@ -40,8 +40,7 @@ class Run:
     @property
     def protocol(self) -> str:
         """The protocol of the headline: the configured one, or argmax for a network trained without OAT."""
-        known = [s.protocol for s in self.evaluation.scores] if self.evaluation is not None else []
-        known = known or [row.protocol for row in self.last_validation]
+        known = [score.protocol for score in self.scores]
         configured = lookup(self.config, "eval.protocol")
         choice = [name for name in (configured, "batch", "argmax") if name in known]
         return choice[0] if choice else (known or ["batch"])[0]
@@ -50,20 +49,45 @@ class Run:
     def last_validation(self) -> list[Any]:
         """The rows of the last evaluation in training, one a protocol."""
         rows = self.metrics.validation
-        return [row for row in rows if row.step == rows[-1].step]
+        return [row for row in rows if (row.step, row.split) == (rows[-1].step, rows[-1].split)]
 
     @property
     def score(self) -> Score | None:
-        """The headline: the last epoch under `protocol`, not what the evaluated split itself selected."""
+        """The headline: the last evaluation of training under `protocol`, not what was saved over it later."""
         scores = self.scores
         return next((score for score in scores if score.protocol == self.protocol), scores[0] if scores else None)
 
     @property
     def scores(self) -> list[Score]:
-        """Of the last epoch: from evaluation.json where that is of it, else from the last validation."""
-        if self.evaluation is not None and self.evaluation.scores and not self.selected_on:
+        """Of the last validation: from evaluation.json where that is of it, else from the log."""
+        if self.evaluation is not None and self.evaluated_last:
             return self.evaluation.scores
         return [Score(row.protocol, row.accuracy, row.correct, row.total) for row in self.last_validation]
+
+    @property
+    def evaluated_last(self) -> bool:
+        """True when evaluation.json is of the step, split and data of the last validation, or none was logged."""
+        if self.evaluation is None or not self.evaluation.scores:
+            return False
+        if not self.metrics.validation:
+            return True
+        raw, last = self.evaluation.raw, self.metrics.validation[-1]
+        digests = raw.get("eval_digest"), self.environment.get("eval_digest")
+        same_data = None in digests or digests[0] == digests[1]
+        return raw.get("step") == last.step and raw.get("split") == last.split and same_data
+
+    @property
+    def split(self) -> str:
+        """The split of the headline, empty where it is not known."""
+        if self.evaluation is not None and self.evaluated_last:
+            return str(self.evaluation.raw.get("split") or "")
+        return self.last_validation[-1].split if self.last_validation else ""
+
+    @property
+    def evaluated_on(self) -> tuple[str, str]:
+        """Split and digest of the headline's data, each empty where it is not known."""
+        saved = self.evaluation.raw.get("eval_digest") if self.evaluation is not None and self.evaluated_last else None
+        return self.split, str(saved or self.environment.get("eval_digest") or "")
 
     @property
     def selected_on(self) -> str:
@@ -155,6 +179,8 @@ def _parse(path: Path, text: str, warnings: list[str]) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        json.dumps(values, skipkeys=True, default=str)  # ValueError where it refers to itself
+        flatten(values)
     except (ValueError, RecursionError, yaml.YAMLError):
         warnings.append(f"{path.name} is damaged and was left out.")
         return {}
@@ -188,7 +214,14 @@ def _metrics_warnings(metrics: Metrics) -> list[str]:
 def _evaluation_warnings(run: Run) -> list[str]:
     if run.evaluation is None or not run.metrics.training:
         return []
+    found = []
+    if run.evaluation.scores and not run.evaluated_last:
+        raw = run.evaluation.raw
+        found.append(
+            f"{EVALUATION_NAME} (split {raw.get('split')}, checkpoint {raw.get('checkpoint')}) is not of the last "
+            "validation: classes, confusions and mistakes are of it, the headline is not."
+        )
     evaluated, last = run.evaluation.raw.get("step"), run.metrics.training[-1].step
     if type(evaluated) is int and evaluated < last:
-        return [f"The evaluated checkpoint is of step {evaluated:,}; the log goes on to step {last:,}."]
-    return []
+        found.append(f"The evaluated checkpoint is of step {evaluated:,}; the log goes on to step {last:,}.")
+    return found

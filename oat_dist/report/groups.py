@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,19 @@ _T = (
 )
 
 
+def _result(run: Run) -> tuple[Any, ...] | None:
+    """What the results of two runs must share to go into one mean; None where a run has none."""
+    if not run.metrics.finished or run.score is None:
+        return None
+    return run.protocol, *run.evaluated_on, str(run.environment.get("train_digest"))
+
+
+def _reason(run: Run) -> str:
+    if not run.metrics.finished:
+        return "not finished"
+    return "no accuracy" if run.score is None else "another protocol or other data"
+
+
 @dataclass(frozen=True)
 class Group:
     """One or several runs of one configuration; `seeds` has the seed of each run, None where it is not known."""
@@ -34,12 +48,36 @@ class Group:
     seeds: list[Any]
 
     @property
+    def counted(self) -> list[tuple[Any, Run]]:
+        """Seed and run of those that a mean takes in: finished, of one protocol, on the same data."""
+        done = [(seed, run) for seed, run in zip(self.seeds, self.runs, strict=True) if _result(run) is not None]
+        usual = Counter(_result(run) for _, run in done).most_common(1)  # of equals the first
+        return [(seed, run) for seed, run in done if _result(run) == usual[0][0]]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why a mean leaves out which runs, by name."""
+        taken = {id(run) for _, run in self.counted}
+        rest = [run for run in self.runs if id(run) not in taken]
+        return {run.name: _reason(run) for run in rest}
+
+    @property
     def by_seed(self) -> dict[Any, Run]:
-        """The first run of each seed: the same seed again adds nothing to a spread."""
+        """The first counted run of each seed: the same seed again adds nothing to a spread."""
         found: dict[Any, Run] = {}
-        for seed, run in zip(self.seeds, self.runs, strict=True):
+        for seed, run in self.counted:
             found.setdefault(seed, run)
         return found
+
+    @property
+    def first(self) -> Run:
+        """The run that stands for the group."""
+        return next(iter(self.by_seed.values()), self.runs[0])
+
+    @property
+    def apart(self) -> list[Run]:
+        """The runs left out that do not stand for the group."""
+        return [run for run in self.runs if run.name in self.left_out and run is not self.first]
 
 
 @dataclass(frozen=True)
@@ -71,9 +109,7 @@ def find_groups(runs: Sequence[Run]) -> list[Group]:
         found.setdefault(
             repr(sorted(rest.items(), key=lambda item: item[0])) if rest else f"run {position}", []
         ).append(run)
-    return [
-        Group(_name(members), members, [lookup(run.config, "seed") for run in members]) for members in found.values()
-    ]
+    return [Group(_name(members), members, [_seed(run) for run in members]) for members in found.values()]
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -82,6 +118,11 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
     keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key and key != "output_dir"]
     rows = {key: [flat.get(key, "-") for flat in flats] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values[1:])}
+
+
+def _seed(run: Run) -> Any:
+    seed = lookup(run.config, "seed")
+    return seed if seed is None or isinstance(seed, int) else repr(seed)
 
 
 def _no_matter(key: str) -> bool:

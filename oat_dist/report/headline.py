@@ -27,17 +27,18 @@ def accuracy(run: Run) -> Html:
     parts: list[Any] = []
     evaluation, validation = run.evaluation, run.metrics.validation
     if evaluation is not None and evaluation.scores:
-        if run.selected_on:
-            last = run.last_validation[-1]
+        if not run.evaluated_last:
+            last, chosen = run.last_validation[-1], run.selected_on
+            other = "was selected on that very split" if chosen else "is not of this validation"
             parts.append(
                 tag(
                     "p",
                     f"Headline: the last epoch ({last.epoch}) on split “{last.split}”. The evaluated checkpoint, "
-                    f"further down, was selected on that very split.",
+                    f"further down, {other}.",
                 )
             )
             parts += [_score_table(run.scores), _protocol_notes(run.scores, 32)]
-            parts.append(tag("h3", f"Evaluated checkpoint, selected on {run.selected_on}"))
+            parts.append(tag("h3", f"Evaluated checkpoint, selected on {chosen}" if chosen else _true_name(evaluation)))
         group = evaluation.raw.get("group_size")
         parts += [
             _where(evaluation),
@@ -74,6 +75,13 @@ def interval_of(score: Score) -> tuple[float, float] | None:
 
 def interval_text(bounds: tuple[float, float] | None) -> str:
     return "-" if bounds is None else " to ".join(percent(bound) for bound in bounds)
+
+
+def _true_name(evaluation: Evaluation) -> str:
+    """What an evaluation that is not the headline is of."""
+    split, checkpoint = evaluation.raw.get("split"), evaluation.raw.get("checkpoint")
+    name = "Saved evaluation" + (f" of checkpoint {checkpoint}" if checkpoint is not None else "")
+    return name + (f" on split “{split}”" if split is not None else "")
 
 
 def _where(evaluation: Evaluation) -> Html:

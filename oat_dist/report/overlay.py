@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from oat_dist.report.curves import smoothing_note
+from oat_dist.report.curves import evaluated_when, smoothing_note
 from oat_dist.report.data import Run
 from oat_dist.report.drawing import key, numbered_look
 from oat_dist.report.figures import Curve, accuracy_svg, last_phase_epoch, loss_pieces, loss_svg
@@ -30,16 +30,21 @@ def headline_rows(run: Run) -> list[Validation]:
 def accuracy_figure(groups: Sequence[Group]) -> Html:
     """Accuracy over epochs, one line a run; of a group with several seeds their mean."""
     drawn = [_group_curve(number, group) for number, group in enumerate(groups)]
+    apart = [run for group in groups if len(group.runs) > 1 for run in group.apart]
+    drawn += [_run_curve(len(groups) + number, run) for number, run in enumerate(apart)]
     drawn = [curve for curve in drawn if any(x for x, _ in curve.pieces)]
     if not drawn:
         return Html("")
     ends = "; ".join(f"{curve.label} {percent(curve.pieces[-1][1][-1])} %" for curve in drawn)
     several = any(len(group.runs) > 1 for group in groups)
-    caption = f"Accuracy after each epoch. Last values: {ends}."
-    smoothed = smoothing_note(max(curve.window for curve in drawn), "epochs")
+    runs = [run for group in groups for run in group.runs]
+    when, unit = evaluated_when([run.metrics for run in runs])
+    caption = f"Accuracy {when}. Last values: {ends}."
+    smoothed = smoothing_note(max(curve.window for curve in drawn), unit)
     if several:
         smoothed += " Runs that differ in their seed alone are one line, their mean; light: each of them."
-    runs = [run for group in groups for run in group.runs]
+    if apart:
+        smoothed += f" Lines of their own, not in a mean: {', '.join(run.name for run in apart)}."
     switches = sorted({(s.epoch, s.phase) for run in runs for s in run.metrics.switches})
     svg = accuracy_svg(
         drawn,
@@ -59,7 +64,7 @@ def loss_figure(groups: Sequence[Group]) -> Html:
     legend = []
     for number, group in enumerate(groups):
         look = numbered_look(number)
-        pieces = loss_pieces(group.runs[0].metrics)
+        pieces = loss_pieces(group.first.metrics)
         if any(steps for steps, _ in pieces.values()):
             legend.append((look, group.name))
         points = sum(len(steps) for steps, _ in pieces.values())
@@ -77,11 +82,11 @@ def loss_figure(groups: Sequence[Group]) -> Html:
 
 
 def _group_curve(number: int, group: Group) -> Curve:
-    members = [_pieces(run) for run in group.runs]
-    label = group.name if len(group.runs) == 1 else f"{group.name} (mean of {len(group.runs)} seeds)"
+    members = [_pieces(run) for run in group.by_seed.values()]
+    if len(members) < 2:
+        return _run_curve(number, group.first)
+    label = f"{group.name} (mean of {len(members)} seeds)"
     look = numbered_look(number)
-    if len(members) == 1:
-        return Curve(look, label, list(members[0].values()))
     mean: list[Piece] = []
     for phase in dict.fromkeys(phase for member in members for phase in member):
         by_epoch: dict[float, list[float]] = {}
@@ -92,6 +97,10 @@ def _group_curve(number: int, group: Group) -> Curve:
         mean.append((list(whole), [statistics.fmean(shares) for shares in whole.values()]))
     lights = [_joined(list(member.values())) for member in members]
     return Curve(look, label, [piece for piece in mean if piece[0]], lights)
+
+
+def _run_curve(number: int, run: Run) -> Curve:
+    return Curve(numbered_look(number), run.name, list(_pieces(run).values()))
 
 
 def _pieces(run: Run) -> dict[str, Piece]:

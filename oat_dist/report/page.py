@@ -29,7 +29,7 @@ from oat_dist.report.html import (
 )
 from oat_dist.report.metrics import METRICS_NAME, phase_name, utc_text
 from oat_dist.report.pairs import PAIRED_NOTE, compare_pair, paired_table
-from oat_dist.report.timing import duration, read_timing, timing_section
+from oat_dist.report.timing import cut_off_text, duration, read_timing, timing_section
 
 __all__ = ["compared", "render"]
 
@@ -79,7 +79,10 @@ def _header(run: Run) -> Html:
         "Versions": _joined(
             environment, {"oat_dist": "oat_dist {}", "torch": "torch {}", "accelerate": "accelerate {}"}
         ),
-        "Started": utc_text(environment.get("started")) or None,
+        # environment.json is written anew by every resume
+        "Started": next((e.time for e in metrics.events if e.name == "start" and e.time), "")
+        or utc_text(environment.get("started"))
+        or None,
     }
     return tag("header", join([tag("h1", run.name), tag("p", status, class_="status"), _stats(run), facts(summary)]))
 
@@ -90,7 +93,7 @@ def _stats(run: Run) -> Html:
     score = run.score
     if score is not None:
         bounds = interval_of(score)
-        where = run.evaluation.raw.get("split") if run.evaluation is not None else run.metrics.validation[-1].split
+        where = run.split
         note = f"{interval_text(bounds)}, 95 % interval" if bounds is not None else ""
         tiles.append(
             (f"Accuracy, “{score.protocol}”" + (f" on {where}" if where else ""), percent(score.accuracy), note)
@@ -100,7 +103,8 @@ def _stats(run: Run) -> Html:
     if spent is None and timing.phases and all(phase.seconds is not None for phase in timing.phases):
         spent = sum(phase.seconds or 0.0 for phase in timing.phases)
     if spent is not None:
-        tiles.append(("Time", duration(spent), "with evaluations" if timing.wall is not None else "training alone"))
+        with_evaluations = f"with evaluations{cut_off_text(timing.cut_off)}"
+        tiles.append(("Time", duration(spent), with_evaluations if timing.wall is not None else "training alone"))
     phases = [phase for phase in timing.phases if phase.speed is not None]
     if phases:
         note = "median, all ranks" + (f", {phase_name(phases[-1].phase)}" if len(phases) > 1 else "")

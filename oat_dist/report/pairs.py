@@ -71,7 +71,14 @@ def paired_table(pairs: Sequence[Pair | str], labels: Sequence[str], base: Run) 
                 p_text(test.p_value),
             ]
         )
-    missing = [tag("p", f"Not compared: {pair}.") for pair in pairs if isinstance(pair, str)]
+    compared = {id(one): one for pair in pairs if isinstance(pair, Pair) for one in (pair.base, pair.run)}.values()
+    saved = [
+        f"{one.name} (split “{one.predictions.split}”, checkpoint {one.predictions.checkpoint})"
+        for one in compared
+        if one.predictions is not None and not one.evaluated_last
+    ]
+    missing = [tag("p", f"Saved answers, not those of the headline: {', '.join(saved)}.")] if saved else []
+    missing += [tag("p", f"Not compared: {pair}.") for pair in pairs if isinstance(pair, str)]
     head = [
         "Run",
         "Difference, points#",

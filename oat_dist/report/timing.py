@@ -11,7 +11,7 @@ from oat_dist.report.data import Run, lookup
 from oat_dist.report.html import Html, facts, section, table, tag
 from oat_dist.report.metrics import Metrics, phase_name
 
-__all__ = ["PhaseTime", "Timing", "duration", "read_timing", "timing_section"]
+__all__ = ["PhaseTime", "Timing", "cut_off_text", "duration", "read_timing", "timing_section"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_timing(run: Run) -> Timing:
     metrics = run.metrics
     wall, cut_off = _wall(metrics)
     batch_size = lookup(run.config, "batch_size")
-    per_epoch = _steps_per_epoch(metrics)
+    per_epoch = _steps_per_epoch(run)
     phases, estimated = [], False
     order = list(dict.fromkeys(row.phase for row in metrics.training))
     before = 0
@@ -124,7 +124,7 @@ def timing_section(run: Run) -> Html:
     if timing.estimated:
         caption += " Times are estimated from the logged throughput: the log has no seconds."
     totals: dict[str, Any] = {
-        "Wall time": None if timing.wall is None else duration(timing.wall) + _cut_off(timing.cut_off),
+        "Wall time": None if timing.wall is None else duration(timing.wall) + cut_off_text(timing.cut_off),
         "Evaluations": None
         if timing.evaluation is None
         else f"{timing.evaluations}, {duration(timing.evaluation)} together",
@@ -134,7 +134,8 @@ def timing_section(run: Run) -> Html:
     return section(title, table(head, rows, caption=caption), facts(totals))
 
 
-def _cut_off(count: int) -> str:
+def cut_off_text(count: int) -> str:
+    """What a wall time leaves out; empty where that is nothing."""
     return f", without {count} start(s) that were cut off" if count else ""
 
 
@@ -158,10 +159,12 @@ def _wall(metrics: Metrics) -> tuple[float | None, int]:
     return (total if known else None), cut_off + (began is not None)
 
 
-def _steps_per_epoch(metrics: Metrics) -> float | None:
-    """Whole epochs end with a validation, which says how many are finished."""
-    found = [row.step / row.epoch for row in metrics.validation if row.epoch > 0]
-    return found[-1] if found else None
+def _steps_per_epoch(run: Run) -> float | None:
+    """As evaluation.json says, else of the validation at the end of an epoch; a last one may lie within an epoch."""
+    said = run.evaluation.raw.get("steps_per_epoch") if run.evaluation is not None else None
+    if type(said) is int and said > 0:
+        return said
+    return min((row.step / row.epoch for row in run.metrics.validation if row.epoch > 0 and row.step), default=None)
 
 
 def _median(rows: Sequence[Any], name: str) -> float | None:

@@ -27,7 +27,7 @@ from oat_dist.data.packing import write_shards
 from oat_dist.data.packing.samples import Sample
 from oat_dist.data.storage import ShardReader
 from oat_dist.measures import paired_test
-from oat_dist.report import write_report
+from oat_dist.report import write_comparison, write_report
 from oat_dist.report.card import card
 from oat_dist.report.confusion import confusion, top_pairs
 from oat_dist.report.curves import curves
@@ -344,8 +344,47 @@ def test_selected_on_test_is_not_the_headline(run: Path) -> None:
     assert f"batch {100 * last['batch']['accuracy']:.2f}" in first and "checkpoint step-460" in second
     big = re.search(r"Accuracy, “batch” on test ([\d.]+)", page.text)
     assert big is not None and big[1] == f"{100 * last['batch']['accuracy']:.2f}"
-    change(run / "evaluation.json", best=best | {"split": "val"})  # chosen on another split: a fair number
-    assert "Headline: the last epoch" not in parts(run, accuracy).text
+    change(run / "evaluation.json", best=best | {"split": "val"})  # chosen on another split, but not the last either
+    assert "Saved evaluation of checkpoint step-460 on split “test”" in parts(run, accuracy).text
+
+
+@pytest.mark.parametrize("saved", [{"split": "train"}, {"eval_digest": "another"}])
+def test_an_evaluation_saved_later_is_not_the_headline(run: Path, base: Path, saved: dict[str, str]) -> None:
+    last = 100 * json.loads((run / "evaluation.json").read_text())["protocols"]["batch"]["accuracy"]
+    change(run / "evaluation.json", protocols={"batch": {"accuracy": 0.999}}, confusion={}, per_class={}, **saved)
+    read = read_run(run)
+    assert read.score is not None and 100 * read.score.accuracy == pytest.approx(last) and read.split == "test"
+    page = Page(write_report(run))
+    text = page.section("Accuracy")
+    assert text.index(f"batch {last:.2f}") < text.index("Saved evaluation") < text.index("batch 99.90")
+    assert f"Accuracy, “batch” on test {last:.2f}" in page.text
+    assert "is not of the last validation: classes, confusions" in page.text
+    both = Page(write_comparison([run, base], run / "both.html"))
+    assert "99.90" not in both.text and "Split" in both.section("Results")
+    assert "Saved answers, not those of the headline: oat (split “test”" in both.section("Same samples")
+
+
+def test_steps_of_an_epoch_of_a_run_that_ends_within_one(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    log = [json.loads(line) for line in path.read_text().splitlines()]
+    log = [line for line in log if line["step"] < 480]
+    log.append(next(line for line in log if "protocol" in line and line["step"] == 460) | {"step": 475})
+    path.write_text("".join(json.dumps(line) + "\n" for line in log))
+    assert [phase.epochs for phase in read_timing(read_run(run)).phases] == [4, 19.75]
+    change(run / "evaluation.json", steps_per_epoch=10)
+    assert [phase.epochs for phase in read_timing(read_run(run)).phases] == [8, 39.5]
+
+
+def test_started_and_times_of_a_run_that_was_cut_off(run: Path, base: Path) -> None:
+    path = run / "metrics.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(first + '\n{"event": "resume", "step": 0, "time": 1793700100.0}\n' + rest)
+    change(run / "environment.json", started="2027-01-01T00:00:00+00:00")
+    page = Page(write_report(run))
+    assert "with evaluations, without 1 start(s) that were cut off" in page.text
+    assert f"Started {utc_text(1793700000.0)}" in page.text
+    times = Page(write_comparison([run, base], run / "both.html")).section("Time")
+    assert "Wall time: oat, without 1 start(s) that were cut off." in times
 
 
 def test_times_are_summed_and_what_is_missing_is_estimated(run: Path) -> None:

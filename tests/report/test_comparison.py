@@ -7,7 +7,9 @@ import math
 import re
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -114,6 +116,40 @@ def test_groups_by_configuration(runs: list[Path], tmp_path: Path) -> None:
     assert len(group.runs) == 2 and list(group.by_seed) == [0]  # no spread out of one seed twice
     text = Page(write_comparison([runs[0], again, runs[3]], tmp_path / "x.html")).section("Over seeds")
     assert "Seeds more than once, counted once: oat" in text
+
+
+def _change_log(run: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if keep(line)))
+
+
+def _change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_does_not_belong_into_a_mean_is_left_out(runs: list[Path], tmp_path: Path) -> None:
+    copies = [shutil.copytree(run, tmp_path / run.name) for run in runs]
+    _change_log(copies[1], lambda line: line.get("event") != "finished")
+    _change(copies[4] / "environment.json", eval_digest="another")
+    page = Page(write_comparison(copies, tmp_path / "x.html"))
+    seeds = page.section("Over seeds")
+    assert "Left out: oat-s1 (not finished), ce-s1 (another protocol or other data)." in seeds
+    assert "oat batch 0, 2 " in seeds and "ce argmax 0, 2 " in seeds and "(2 seed(s))" in seeds
+    assert "oat (mean of 2 seeds)" in page.text and "not in a mean: oat-s1, ce-s1" in page.text
+    assert "Not all runs are evaluated on the same data" in page.section("Results")
+    for run in copies[3:]:
+        _change(run / "environment.json", eval_digest="another")
+    seeds = Page(write_comparison(copies, tmp_path / "x.html")).section("Over seeds")
+    assert "ce argmax 0, 1, 2 " in seeds and "seed(s)" not in seeds
+
+
+def test_evaluations_that_are_not_of_every_epoch(runs: list[Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "sparse")
+    _change_log(run, lambda line: "protocol" not in line or line["epoch"] % 2 == 0)
+    for page in (write_report(run), write_comparison([run, runs[3]], tmp_path / "x.html")):
+        text = Page(page).text
+        assert "Accuracy at each evaluation." in text and "after each epoch" not in text
+        assert re.search(r"running mean over \d+ epochs", text) is None
 
 
 def test_against_a_run_that_is_not_among_them(runs: list[Path], tmp_path: Path) -> None:

@@ -273,7 +273,9 @@ def test_a_run_that_has_logged_nothing_yet(tmp_path: Path, log: str) -> None:
     assert page.images == 0
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "a: [", "a: b: c", '{"protocols": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "a: [", "a: b: c", '{"protocols": 3}', "\x00", "&a {b: *a}", "b: &a [*a]"]
+)
 def test_damaged_side_files_are_warnings(run: Path, content: str) -> None:
     write_log(run, validation_lines(EPOCHS))
     for name in ("config.yaml", "environment.json", "evaluation.json"):
