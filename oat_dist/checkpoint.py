@@ -34,7 +34,7 @@ from torch import Tensor
 from oat_dist.distributed import World
 from oat_dist.errors import CheckpointError
 from oat_dist.fence import Fence
-from oat_dist.files import fsync_folder, sha256_file, write_atomic
+from oat_dist.files import fsync_file, fsync_folder, sha256_file, write_atomic
 
 __all__ = [
     "Checkpoint",
@@ -287,7 +287,7 @@ class CheckpointStore:
                 path.write_text(content)
             else:
                 save_file({key: value.contiguous() for key, value in content.items()}, path)
-            _fsync(path)
+            fsync_file(path)
             written[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
         return written
 
@@ -296,7 +296,7 @@ class CheckpointStore:
             return
         text = json.dumps({"attempt": self.fence.token, "world_size": self.world.size, "files": files}, indent=1)
         (folder / _MANIFEST).write_text(text + "\n")
-        _fsync(folder / _MANIFEST)
+        fsync_file(folder / _MANIFEST)
         fsync_folder(folder)
         self.fence.check()
         try:
@@ -335,14 +335,6 @@ def _named_errors(root: Path, action: Callable[..., Any], *arguments: Any) -> An
         return action(*arguments)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{root}: the checkpoint could not be saved: {error}; older ones are kept") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _named(path: Path) -> str | None:

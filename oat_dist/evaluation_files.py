@@ -22,8 +22,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, classes: list[str], f
     """
     whose = {key: str(facts[key]) for key in ("checkpoint", "split", "eval_digest")}
     write_atomic(folder / "evaluation.safetensors", save(evaluation.answers(), metadata=whose))
-    summary = json.dumps({**facts, **evaluation.summary(classes)}, ensure_ascii=False)
-    text = _a_key_a_line(json.loads(summary))
+    text = _a_key_a_line({**facts, **evaluation.summary(classes)})
     write_atomic(folder / "evaluation.json", text.encode(errors="backslashreplace"))  # lone surrogates of class names
 
 

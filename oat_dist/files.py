@@ -15,6 +15,7 @@ from oat_dist.errors import OatError
 __all__ = [
     "FolderBusyError",
     "folder_lock",
+    "fsync_file",
     "fsync_folder",
     "lock_holder",
     "sha256_bytes",
@@ -35,6 +36,15 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from oat_dist.anchor import CENTERS
 from oat_dist.errors import CheckpointError, OatError
-from oat_dist.files import fsync_folder, sha256_file, write_atomic
+from oat_dist.files import fsync_file, fsync_folder, sha256_file, write_atomic
 from oat_dist.models import build_model
 
 __all__ = [
@@ -318,7 +317,7 @@ def new_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield staging
         _refuse_taken(output, overwrite)
         for path in staging.iterdir():
-            _fsync(path)
+            fsync_file(path)
         fsync_folder(staging)
         _put(staging, output, old)
     finally:
@@ -356,14 +355,6 @@ def _refuse_taken(output: Path, overwrite: bool) -> None:
     others = sorted(path.name for path in output.iterdir() if path.name not in _WRITTEN)
     if others:
         raise OatError(f"{output}: holds {others[0]!r}, which no export wrote, so it is not replaced; move that first")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:

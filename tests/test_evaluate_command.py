@@ -272,7 +272,7 @@ def test_refuses_what_it_cannot_do(tiny_run: TinyRun, capsys: Capture, tmp_path:
     assert refused(tiny_run.folder, "--data", tmp_path / "other") == expected
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n", "data: 3\n", "a: [", None])
+@pytest.mark.parametrize("text", ["", "- 1\n", "data: 3\n", "data: {path: 3, eval_split: test}\n", "a: [", None])
 def test_with_a_damaged_run_config(tiny_run: TinyRun, capsys: Capture, tmp_path: Path, text: str | None) -> None:
     """The weights are whole: they can still be evaluated on data that is named."""
     run = tmp_path / "run"

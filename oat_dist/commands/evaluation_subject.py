@@ -68,12 +68,14 @@ class Subject:
         cache: dict[str, Any] = {}
         try:
             config = world.together(read_config, run_folder)
-            data, split = data or config["data"]["path"], split or config["data"]["eval_split"]
-            cache = {key: config["data"].get(key) for key in ("cache_dir", "cache_gb")}
-            given = config.get("eval") or {}
-            grouping |= {key: given[key] for key in grouping if type(given.get(key)) is int}
-            if not isinstance(data, str) or not isinstance(split, str | None):
+            own, own_split = config["data"]["path"], config["data"]["eval_split"]
+            if not isinstance(own, str) or not isinstance(own_split, str | None):
                 raise OatError(f"{run_folder / 'config.yaml'}: damaged, data.path or data.eval_split is no text")
+            data, split = data or own, split or own_split
+            cache = {key: config["data"].get(key) for key in ("cache_dir", "cache_gb")}
+            given = config.get("eval")
+            given = given if isinstance(given, Mapping) else {}
+            grouping |= {key: given[key] for key in grouping if type(given.get(key)) is int}
         except OatError as error:  # a checkpoint on its own will do where the command line says what it lacks
             if data is None or split is None:
                 raise
