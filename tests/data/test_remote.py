@@ -332,7 +332,7 @@ def test_fetching_ahead_outlives_any_error(
     while ahead._busy or ahead._waiting:
         assert time.monotonic() < until
         time.sleep(0.01)
-    ahead.announce(files)
+    ahead.announce(files)  # once is enough: they do not get in each other's way
     while not all(shards.cache.holds(file) for file in files):
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -159,7 +159,8 @@ class ShardCache:
         self._shards.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + _PART)
         try:
-            descriptor = _lock_now(part, os.O_RDWR | os.O_CREAT)
+            with self._looking_for_room():  # else one that looks for dead parts may take this for one, unlocked yet
+                descriptor = _lock_now(part, os.O_RDWR | os.O_CREAT)
         except PermissionError:
             if part.exists() and _is_locked(part):  # another user fetches it
                 return None
