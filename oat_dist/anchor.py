@@ -7,6 +7,9 @@ Source: Tzelepi & Mezaris, ICIP 2024, arXiv 2406.12662, Eqs. 1 to 4. Shapes: B s
     target   t_i = onehot_i / a - 1                      percentage change of the label from the anchor
     loss     L = 1/(N C) * sum (z_ik - t_ik)^2
     inverse  s = a * (z + 1)                             class = argmax
+
+Two controls have a fixed anchor, which nothing is averaged for: "uniform" (1/C) and "one_hot" (1, so that s = z + 1 is
+trained by plain MSE towards the one-hot label). They show what the square loss does without an anchor.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 __all__ = [
     "CENTERS",
+    "FIXED",
     "Statistics",
     "anchor_gradient",
     "anchor_of",
@@ -31,30 +35,37 @@ __all__ = [
     "segment_sum",
 ]
 
-CENTERS = ("probabilities", "logits", "prior")
+CENTERS = ("probabilities", "logits", "prior", "uniform", "one_hot")
+FIXED = ("uniform", "one_hot")  # controls: no center, and so no gradient through it, no floor
 
 
 def default_floor(center: str, num_classes: int, floor: float | None) -> float:
     """The anchor floor eps: the given one, else 0, but 0.2/C for "prior" (whose anchor may reach zero).
 
     Raises:
-        ValueError: unknown center, or a floor outside 0 <= eps < 1/C.
+        ValueError: unknown center, a floor outside 0 <= eps < 1/C, or one for a fixed anchor.
     """
     if center not in CENTERS:
         raise ValueError(f"center must be one of {', '.join(CENTERS)}, not {center!r}")
     eps = (0.2 / num_classes if center == "prior" else 0.0) if floor is None else float(floor)
     if not 0 <= eps * num_classes < 1:
         raise ValueError(f"anchor floor must lie in 0 <= floor < 1/C = {1 / num_classes:.4g}, not {eps}")
+    if eps and center in FIXED:
+        raise ValueError(f"the anchor of center {center} is fixed and has no floor")
     return eps
 
 
 def center_map(logits_BC: Tensor, center: str) -> Tensor:
-    """f of the center, row by row: the identity for "logits" (paper Eq. 1), softmax for the other two."""
+    """f of the center, row by row: the identity for "logits" (paper Eq. 1), zero for `FIXED` ones, else softmax."""
+    if center in FIXED:
+        return torch.zeros_like(logits_BC)
     return logits_BC if center == "logits" else logits_BC.softmax(dim=-1)
 
 
 def anchor_of(center_C: Tensor, center: str, floor: float) -> Tensor:
     """The anchor of a center, (..., C) to (..., C): softmax ("prior": none), then the floor."""
+    if center == "one_hot":
+        return torch.ones_like(center_C)
     anchor_C = center_C if center == "prior" else center_C.softmax(dim=-1)
     return anchor_C if floor == 0 else anchor_C * (1 - floor * center_C.shape[-1]) + floor
 
@@ -64,7 +75,8 @@ def batch_anchor(logits_BC: Tensor, center: str = "probabilities", floor: float 
 
     Args:
         logits_BC: raw network outputs of the anchor set, B >= 1.
-        center: "probabilities" (the authors' code: f = softmax), "logits" (the paper: f = identity), or "prior".
+        center: "probabilities" (the authors' code: f = softmax), "logits" (the paper: f = identity), "prior", or one
+            of the controls `FIXED`.
         floor: eps of the anchor floor; None means 0, but 0.2/C for "prior".
     """
     if logits_BC.ndim != 2 or logits_BC.shape[0] == 0:

@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from oat_dist.anchor import CENTERS, default_floor
-from oat_dist.config_keys import Config
+from oat_dist.anchor import CENTERS, FIXED, default_floor
+from oat_dist.config_keys import Config, LossConfig
 from oat_dist.data.builder import ON_BAD
 from oat_dist.data.decoded_cache import DECODED_CACHES
 from oat_dist.data.images.pipeline import EVAL_CROPS, TRAIN_CROPS, parse_augment
@@ -19,6 +19,7 @@ from oat_dist.engine.trackers import parse_trackers
 from oat_dist.errors import ConfigError
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
+from oat_dist.objectives import CLASS_WEIGHTS
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
 from oat_dist.profiling import parse_steps
 from oat_dist.stopping import signal_numbers
@@ -36,6 +37,7 @@ def check(config: Config) -> None:
     _choice("optim.schedule", optim.schedule, SCHEDULES)
     _choice("anchor.center", anchor.center, CENTERS)
     _choice("anchor.scope", anchor.scope, SCOPES)
+    _check_loss(config)
     own = ("balanced",) if config.anchor.center == "prior" else ()
     if config.eval.protocol == "balanced" and not own:
         raise ConfigError("eval.protocol=balanced needs anchor.center=prior, whose anchor is a class prior")
@@ -186,6 +188,32 @@ def _check_data(config: Config) -> None:
             raise ConfigError("data.shuffle_shards needs data.mode=shards; a stream has data.stream.shuffle")
     elif stream.urls:
         raise ConfigError("data.stream.urls is for data.mode=stream; data.mode=shards reads data.path")
+
+
+def _check_loss(config: Config) -> None:
+    loss, anchor = config.loss, config.anchor
+    _choice("loss.class_weights", loss.class_weights, CLASS_WEIGHTS)
+    if not 0 <= loss.label_smoothing < 1:
+        raise ConfigError(f"loss.label_smoothing must be at least 0 and below 1, not {loss.label_smoothing}")
+    if not math.isfinite(loss.logit_adjustment):
+        raise ConfigError(f"loss.logit_adjustment must be a number, not {loss.logit_adjustment}")
+    if loss.logit_adjustment and loss.class_weights != "none":
+        raise ConfigError("loss.logit_adjustment and loss.class_weights balance the classes twice; use one of them")
+    if config.data.mode == "stream" and (loss.logit_adjustment or loss.class_weights != "none"):
+        raise ConfigError("loss.logit_adjustment and loss.class_weights need data.mode=shards: a stream has no counts")
+    if loss != LossConfig() and config.pretrain_epochs == 0:
+        raise ConfigError("loss.* is of the cross-entropy epochs, and pretrain_epochs=0 leaves none; set these back")
+    if not 0 <= anchor.momentum < 1:
+        raise ConfigError(f"anchor.momentum must lie in 0 <= anchor.momentum < 1, not {anchor.momentum}")
+    if anchor.momentum and anchor.scope != "global":
+        raise ConfigError(
+            f"anchor.momentum={anchor.momentum} is of one anchor that all ranks share; use anchor.scope=global "
+            "(on one process it is the same as device)"
+        )
+    if anchor.momentum and anchor.center in FIXED:
+        raise ConfigError(f"anchor.momentum: the anchor of anchor.center={anchor.center} is fixed already; leave it 0")
+    if anchor.grad and (anchor.momentum or anchor.center in FIXED):
+        raise ConfigError("anchor.grad=true: no gradient flows through a fixed anchor or a running mean; leave it null")
 
 
 def check_floor(config: Config, num_classes: int) -> None:

@@ -14,6 +14,7 @@ from oat_dist.engine.launcher import ENGINES
 from oat_dist.engine.trackers import TRACKERS
 from oat_dist.evaluate import PROTOCOLS
 from oat_dist.oat_loss import SCOPES
+from oat_dist.objectives import CLASS_WEIGHTS
 from oat_dist.optim import OPTIMIZERS, SCHEDULES
 
 __all__ = ["Config", "DataConfig", "JobConfig", "ModelConfig"]
@@ -100,13 +101,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    label_smoothing: float = _key(0.0, "share of a label that all classes get equally")
+    logit_adjustment: float = _key(0.0, "times the log of a class's share is added to its logit (long-tailed sets: 1)")
+    class_weights: str = _key("none", f"one of {', '.join(CLASS_WEIGHTS)}; balanced: inverse to the class's share")
+
+
+@dataclass(frozen=True)
 class AnchorConfig:
-    center: str = _key("probabilities", f"what is averaged: one of {', '.join(CENTERS)}")
+    center: str = _key("probabilities", f"what is averaged: {', '.join(CENTERS)} (the last two: fixed, as controls)")
     scope: str = _key("device", f"whose batch the anchor is of: one of {', '.join(SCOPES)}")
     span: str = _key("micro", "micro: an anchor within a micro-batch; step: over the accumulation window (two passes)")
     group_size: int = _key(32, "samples an anchor set has with scope group")
-    grad: bool | None = _key(None, "gradient through the anchor; null: yes, but no for center prior")
+    grad: bool | None = _key(None, "gradient through the anchor; null: yes, but no for prior, controls, running means")
     floor: float | None = _key(None, "eps of the anchor floor; null: 0, but 0.2/C for center prior")
+    momentum: float = _key(0.0, "of a running-mean anchor (scope global, no gradient); 0: the batch's own anchor")
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -7,11 +7,15 @@ One forward pass collects the logits of every sample on rank 0; every protocol i
 * ``single`` (paper 3.5): each sample is its own anchor set.
 * ``dataset``: one anchor for all samples.
 * ``stored``: the mean training anchor, frozen with the checkpoint: one image in, one answer out.
-* ``argmax``: the largest logit; the only one for a network trained with cross-entropy.
+* ``argmax``: the largest logit, of a network trained with cross-entropy.
 
-Under the center "prior" the anchor stands for the class prior of training, and others may take its place:
-* ``balanced``: the same share for every class.
-* ``given``: shares that the user names.
+Where classes were not equally frequent in training, and under the center "prior", a question may be asked under another
+class prior than that of training:
+* ``balanced``: the same share for every class. Under the center "prior" ``z + 1`` is the answer, the lift of a class
+  over its share; any other OAT network's scores (of ``stored``) are divided by the shares; cross-entropy's logits have
+  the logarithms of the shares subtracted, as far as training has not done so itself.
+* ``ordinary``: the prior of training, for a network whose own logits are adjusted to balanced classes.
+* ``given``: shares that the user names (center "prior").
 """
 
 from __future__ import annotations
@@ -110,6 +114,8 @@ def judge(
     seed: int = 0,
     num_seeds: int = 0,
     prior_C: Tensor | None = None,
+    shares_C: Tensor | None = None,
+    adjusted: float = 0.0,
     temperatures: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Every protocol from one set of outputs. Undecodable samples take no part.
@@ -122,6 +128,8 @@ def judge(
         num_seeds: 0: labels alone. From 1 on also probabilities and what is made of them (`Details`), and protocol
             "batch" under so many seeds, counting up from `seed`.
         prior_C: center "prior": the class prior (C,) of protocol "given"; None leaves it out.
+        shares_C: of the classes in training (C,), where they are not the same for all.
+        adjusted: of cross-entropy: the logits are those of shares raised to ``1 - adjusted``. 0: as the data are.
         temperatures: by protocol, as fitted on held-out data; the probabilities of the others are not calibrated.
     """
     if not bool(outputs.valid_N.any()):
@@ -133,11 +141,16 @@ def judge(
 
     def result(name: str, scores_NC: Tensor) -> ProtocolResult:
         temperature = (temperatures or {}).get(name)
-        probabilities = partial(probabilities_of, softmax=name == "argmax", temperature=temperature)
+        probabilities = partial(probabilities_of, softmax=center is None, temperature=temperature)
         return _result(scores_NC, labels_N, ids_N, probabilities if detailed else None)
 
     if center is None:
-        return Evaluation(ids_N, labels_N, {"argmax": result("argmax", logits_NC)}, undecodable)
+        results = {"argmax": result("argmax", logits_NC)}
+        if shares_C is not None:
+            if adjusted:
+                results["ordinary"] = result("ordinary", logits_NC + adjusted * shares_C.log())
+            results["balanced"] = result("balanced", logits_NC + (adjusted - 1) * shares_C.log())
+        return Evaluation(ids_N, labels_N, results, undecodable)
 
     def batch_scores(seed: int) -> Tensor:
         # The permutation is of all sample ids: it does not move when one image is bad.
@@ -161,6 +174,9 @@ def judge(
         results["balanced"] = result("balanced", (logits_NC + 1) / logits_NC.shape[1])
         if prior_C is not None:
             results["given"] = result("given", invert(logits_NC, prior_C.double()))
+    elif shares_C is not None and stored_anchor_C is not None:
+        anchor_C = stored_anchor_C.double() / (shares_C * len(shares_C))
+        results["balanced"] = result("balanced", invert(logits_NC, anchor_C))
     return Evaluation(ids_N, labels_N, results, undecodable)
 
 

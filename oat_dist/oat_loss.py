@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from oat_dist.anchor import (
+    FIXED,
     Statistics,
     anchor_gradient,
     anchor_of,
@@ -43,17 +44,24 @@ class OATLoss(nn.Module):
     Args:
         num_classes: C.
         center: what is averaged: "probabilities" (softmax outputs, the authors' code), "logits" (paper Eq. 1), or
-            "prior" (softmax outputs without a second softmax, so that the anchor estimates the class prior).
+            "prior" (softmax outputs without a second softmax, so that the anchor estimates the class prior). Controls:
+            "uniform" (a fixed anchor 1/C) and "one_hot" (1: MSE of z + 1 to the one-hot label).
         scope: whose batch the anchor is of: "device" (this rank's micro-batch), "global" (all ranks'), or "group"
             (every `group_size` consecutive samples of this rank; the last group may be short).
         group_size: samples of a group; used by scope "group" only.
-        anchor_grad: whether gradient flows through the anchor; None means yes, but no for "prior".
+        anchor_grad: whether gradient flows through the anchor; None means yes, but no for "prior", for the controls
+            and for a running mean.
         anchor_floor: eps in ``(1 - C eps) a + eps``; None means 0, but 0.2/C for "prior".
+        momentum: of a running-mean anchor: every step back counts for so much less. 0: no memory. Only without
+            gradient, and with scope "global", so that every rank keeps the same mean. Sets without samples leave it as
+            it is, and so does eval mode.
         process_group: the data-parallel group; None means all processes.
 
     Attributes:
         anchor: the last anchor, (C,), or (groups, C) for scope "group"; detached. None before the first call.
         statistics: the sums it came from; over all ranks for "global".
+        running_X: with `momentum`, weighted sum of anchors (C) and of their weights (1): part of the state of a
+            training. None before the first call.
 
     In eval mode no collective is issued: anchor and mean are over the local batch.
 
@@ -63,6 +71,7 @@ class OATLoss(nn.Module):
 
     anchor: Tensor | None
     statistics: Statistics | None
+    running_X: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +82,7 @@ class OATLoss(nn.Module):
         anchor_grad: bool | None = None,
         anchor_floor: float | None = None,
         process_group: dist.ProcessGroup | None = None,
+        momentum: float = 0.0,
     ) -> None:
         super().__init__()
         if num_classes < 1:
@@ -86,7 +96,18 @@ class OATLoss(nn.Module):
         self.scope = scope
         self.group_size = group_size
         self.anchor_floor = default_floor(center, num_classes, anchor_floor)
-        self.anchor_grad = center != "prior" if anchor_grad is None else anchor_grad
+        detached = center == "prior" or center in FIXED or momentum > 0
+        self.anchor_grad = not detached if anchor_grad is None else anchor_grad
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in 0 <= momentum < 1, not {momentum}")
+        if momentum and (self.anchor_grad or scope != "global" or center in FIXED):
+            raise ValueError(
+                "a running-mean anchor needs scope global, anchor_grad false and a center that is averaged"
+            )
+        if self.anchor_grad and center in FIXED:
+            raise ValueError(f"no gradient flows through the fixed anchor of center {center}")
+        self.momentum = momentum
+        self.running_X = None
         self.process_group = process_group
         self.anchor = None
         self.statistics = None
@@ -132,7 +153,18 @@ class OATLoss(nn.Module):
         return (
             f"num_classes={self.num_classes}, center={self.center!r}, scope={self.scope!r}{group}, "
             f"anchor_grad={self.anchor_grad}, anchor_floor={self.anchor_floor:g}"
+            + (f", momentum={self.momentum:g}" if self.momentum else "")
         )
+
+    def running(self, anchor_1C: Tensor, count_1: Tensor) -> Tensor:
+        """The running mean (1, C) with this anchor taken in: ``sum_i m^(t-i) a_i / sum_i m^(t-i)``."""
+        before_X = (
+            anchor_1C.new_zeros(anchor_1C.shape[1] + 1) if self.running_X is None else self.running_X.to(anchor_1C)
+        )
+        if self.training:
+            mixed_X = torch.lerp(torch.cat([anchor_1C[0], torch.ones_like(count_1)]), before_X, self.momentum)
+            before_X = self.running_X = torch.where(count_1 > 0, mixed_X, before_X)
+        return torch.where(before_X[-1] > 0, before_X[:-1] / before_X[-1], anchor_1C)
 
 
 class _OATFunction(torch.autograd.Function):
@@ -172,6 +204,8 @@ class _OATFunction(torch.autograd.Function):
         if settings.scope == "global" and world > 1:
             all_reduce_sum_(statistics.packed_GX, settings.process_group)
         anchor_GC = anchor_of(statistics.center_GC(), center, floor)
+        if settings.momentum:
+            anchor_GC = settings.running(anchor_GC, statistics.count_G)
         scale = _scale(num_samples, statistics, settings, world)
 
         share_GC = None

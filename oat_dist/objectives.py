@@ -6,12 +6,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from oat_dist.anchor import anchor_of, center_map, invert, segment_sum
 from oat_dist.distributed import group_size
 from oat_dist.oat_loss import OATLoss
 
-__all__ = ["OAT", "CrossEntropy", "Objective"]
+__all__ = ["CLASS_WEIGHTS", "OAT", "CrossEntropy", "Objective", "oat_scores"]
+
+CLASS_WEIGHTS = ("none", "balanced")
 
 
 class Objective(Protocol):
@@ -35,10 +38,23 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """Softmax cross-entropy in fp32: the pre-training phase, and the baseline."""
+    """Softmax cross-entropy in fp32: the pre-training phase, and the baseline.
+
+    Args:
+        label_smoothing: share of a label that all classes get equally.
+        offset_C: added to the logits (C,): ``tau * log share`` is logit adjustment (Menon et al., arXiv 2007.07314).
+        weight_C: weight of each class (C,). The sum of weighted losses is divided by the number of samples, not by the
+            sum of their weights as torch does within a batch: a sample counts the same wherever it is dealt.
+    """
 
     name = "cross_entropy"
     couples_samples = False
+
+    def __init__(
+        self, label_smoothing: float = 0.0, offset_C: Tensor | None = None, weight_C: Tensor | None = None
+    ) -> None:
+        self.label_smoothing = label_smoothing
+        self.offset_C, self.weight_C = offset_C, weight_C
 
     def loss(self, logits_BC: Tensor, labels_B: Tensor, num_samples: int | Tensor, valid_B: Tensor | None) -> Tensor:
         if logits_BC.dtype != torch.float64:
@@ -47,7 +63,11 @@ class CrossEntropy:
             logits_BC = logits_BC.masked_fill(~valid_B[:, None], 0)
             labels_B = labels_B.masked_fill(~valid_B, -100)  # ignore_index of cross_entropy
         with torch.autocast(logits_BC.device.type, enabled=False):
-            total = torch.nn.functional.cross_entropy(logits_BC, labels_B.long(), reduction="sum")
+            if self.offset_C is not None:
+                logits_BC = logits_BC + self.offset_C.to(logits_BC)
+            weight_C = None if self.weight_C is None else self.weight_C.to(logits_BC)
+            smoothing = self.label_smoothing
+            total = cross_entropy(logits_BC, labels_B.long(), weight_C, reduction="sum", label_smoothing=smoothing)
         return total * (group_size() / num_samples)
 
     def anchors(self) -> Tensor | None:

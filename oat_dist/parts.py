@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from oat_dist.config_keys import Config, ModelConfig
+from oat_dist.data.index import ShardSet
 from oat_dist.data.loader import TrainLoader
 from oat_dist.data.plan import Layout, keyed_hash_int
-from oat_dist.data.stream import StreamLoader
+from oat_dist.data.stream import StreamLoader, StreamSet
 from oat_dist.distributed import World
 from oat_dist.engine import Engine, start_engine
 from oat_dist.errors import ConfigError
@@ -29,12 +30,14 @@ from oat_dist.models import (
     takes_single_samples,
 )
 from oat_dist.oat_loss import OATLoss
+from oat_dist.objectives import OAT, CrossEntropy
 from oat_dist.optim import Schedule, build_optimizer
 from oat_dist.profiling import StepProfiler, parse_steps
 
 __all__ = [
     "build_criterion",
     "build_network",
+    "build_objectives",
     "build_profiler",
     "check_layout",
     "engine_for",
@@ -195,7 +198,29 @@ def inexact(config: Config, network: nn.Module, layout: Layout) -> list[str]:
 
 def build_criterion(config: Config, num_classes: int) -> OATLoss:
     anchor = config.anchor
-    return OATLoss(num_classes, anchor.center, anchor.scope, anchor.group_size, anchor.grad, anchor.floor)
+    return OATLoss(
+        *(num_classes, anchor.center, anchor.scope, anchor.group_size, anchor.grad, anchor.floor),
+        momentum=anchor.momentum,
+    )
+
+
+def build_objectives(config: Config, train_set: ShardSet | StreamSet, criterion: OATLoss) -> tuple[CrossEntropy, OAT]:
+    """Of the two phases.
+
+    Raises:
+        ConfigError: classes are to be balanced, and one has no image.
+    """
+    loss = config.loss
+    if not loss.logit_adjustment and loss.class_weights == "none":
+        return CrossEntropy(loss.label_smoothing), OAT(criterion)
+    assert isinstance(train_set, ShardSet)
+    shares_C = torch.tensor(train_set.class_shares, dtype=torch.float64)
+    if 0 in train_set.class_shares:
+        name = train_set.classes[train_set.class_shares.index(0)]
+        raise ConfigError(f"loss: classes cannot be balanced, {train_set.where} has no image of {name!r}")
+    offset_C = loss.logit_adjustment * shares_C.log() if loss.logit_adjustment else None
+    weight_C = 1 / (len(shares_C) * shares_C) if loss.class_weights == "balanced" else None  # mean over samples: 1
+    return CrossEntropy(loss.label_smoothing, offset_C, weight_C), OAT(criterion)
 
 
 def optimizer_for(config: Config, network: nn.Module) -> torch.optim.Optimizer:

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 
-from oat_dist.anchor import default_floor
-from oat_dist.config import Config
 from oat_dist.data.remote.fetch import shown_text
 from oat_dist.data_parts import DataParts
 from oat_dist.distributed import World
 from oat_dist.engine import Engine
 
-__all__ = ["environment", "model_card", "run_facts", "run_identity"]
+__all__ = ["environment", "run_facts", "run_identity"]
 
 
 def environment(world: World, **facts: Any) -> dict[str, Any]:
@@ -59,20 +57,4 @@ def run_identity(data: DataParts, engine: Engine) -> dict[str, Any]:
         "train_digest": data.train_set.digest,
         "eval_digest": data.eval_set.digest if data.eval_set else None,
         "precision": engine.precision,
-    }
-
-
-def model_card(config: Config, classes: list[str], objective: str) -> dict[str, Any]:
-    """All that is needed to use the network without the run's configuration (model.json of a checkpoint)."""
-    return {
-        "name": config.model.name,
-        "classes": classes,
-        "image_size": config.data.image_size,
-        "mean": list(config.data.mean),
-        "std": list(config.data.std),
-        "crop": config.data.eval_crop,
-        "crop_fraction": config.data.crop_fraction,
-        "objective": objective,
-        "center": config.anchor.center,
-        "floor": default_floor(config.anchor.center, len(classes), config.anchor.floor),
     }

@@ -12,7 +12,7 @@ from oat_dist.console import Display
 from oat_dist.data_parts import DataParts
 from oat_dist.engine import Engine, Replica
 from oat_dist.metrics import AnchorMean
-from oat_dist.oat_loss import OATLoss
+from oat_dist.model_card import judging, model_card
 from oat_dist.pulse import Pulse
 from oat_dist.results import Evaluation
 from oat_dist.run_folder import RunFolder
@@ -42,7 +42,6 @@ class RunValidation:
     engine: Engine
     replica: Replica
     data: DataParts
-    criterion: OATLoss
     anchor_mean: AnchorMean
     folder: RunFolder
     display: Display
@@ -95,15 +94,15 @@ class RunValidation:
                 self.data.eval_set,
                 self.data.normalise,
                 world,
+                judged={
+                    **judging(model_card(config, self.data.train_set, phase)),
+                    **self.grouping,
+                    "stored_anchor_C": self.anchor_mean.value(world),
+                    "num_seeds": _SEEDS if step >= self._last_step else 0,
+                },
                 pipeline=self.data.eval_pipeline,
-                center=self.criterion.center if phase == "oat" else None,
-                floor=self.criterion.anchor_floor,
-                stored_anchor_C=self.anchor_mean.value(world),
                 batch_size=config.eval.batch_size,
                 workers=config.data.workers,
-                group_size=config.eval.group_size,
-                seed=config.eval.seed,
-                num_seeds=_SEEDS if step >= self._last_step else 0,
                 on_bad=config.data.on_bad,
                 max_bad=config.data.max_bad,
                 decoded=self.data.eval_decoded,

@@ -28,11 +28,13 @@ from oat_dist.engine import Engine
 from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import loss_not_finite
 from oat_dist.metrics import AnchorMean, Meter
-from oat_dist.objectives import OAT, CrossEntropy, Objective
+from oat_dist.model_card import model_card
+from oat_dist.objectives import Objective
 from oat_dist.outcome import write_outcome
 from oat_dist.parts import (
     build_criterion,
     build_network,
+    build_objectives,
     build_profiler,
     check_layout,
     inexact,
@@ -41,7 +43,7 @@ from oat_dist.parts import (
 )
 from oat_dist.profiling import span
 from oat_dist.pulse import Pulse
-from oat_dist.run_facts import environment, model_card, run_facts, run_identity
+from oat_dist.run_facts import environment, run_facts, run_identity
 from oat_dist.run_folder import RunFolder
 from oat_dist.run_log import RunLog
 from oat_dist.run_validation import EvaluationStoppedError, RunValidation
@@ -81,7 +83,7 @@ class Trainer:
         self.profiler = build_profiler(config, self.total_steps, self.world, self.log.say)
 
         self.criterion = build_criterion(config, len(self.classes))
-        self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
+        self.objectives: tuple[Objective, Objective] = build_objectives(config, self.data.train_set, self.criterion)
         # A run that goes on has its weights in its checkpoint; the file it started from may be gone.
         resumes = self.world.gather_objects(has_checkpoints(self.folder.path))[0]
         network, self.notes = build_network(config, len(self.classes), engine, initial_weights=not resumes)
@@ -99,9 +101,9 @@ class Trainer:
         self.bad: dict[int, str] = {}  # undecodable samples of all ranks, known at the end: id -> why
         self.meter = Meter(self.world, min(config.log.every_steps, self.steps_per_epoch))
         self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
-        self.state = TrainingState(self.replica, self.anchor_mean, self.meter, self.world)
+        self.state = TrainingState(self.replica, self.criterion, self.anchor_mean, self.meter, self.world)
         self.validation = RunValidation(
-            *(config, engine, self.replica, self.data, self.criterion, self.anchor_mean),
+            *(config, engine, self.replica, self.data, self.anchor_mean),
             *(self.folder, self.display, self.pulse),
         )
         self.window_step = WindowStep(self.replica, self.data.images, config.anchor.span, self._record_loss)
@@ -264,7 +266,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         self.replica.sync_buffers()
         self.state.check_finite(self.step, self.folder.path)
-        shared = self.state.shared(self._facts(), model_card(self.config, self.classes, self.trained_with.name))
+        shared = self.state.shared(self._facts(), model_card(self.config, self.data.train_set, self.trained_with.name))
         self.store.save(self.step, shared, self.state.own(), best)
         self.saved_step = self.step
         write_outcome(self.config.job.outcome_file, self.world, "running", self.step, self.total_steps)

@@ -15,6 +15,7 @@ from oat_dist.distributed import World
 from oat_dist.engine import Replica
 from oat_dist.errors import CheckpointError, not_finite
 from oat_dist.metrics import AnchorMean, Meter
+from oat_dist.oat_loss import OATLoss
 from oat_dist.randomness import random_state, set_random_state
 
 __all__ = ["TrainingState"]
@@ -25,6 +26,7 @@ class TrainingState:
     """The parts of a run that change while it trains."""
 
     replica: Replica
+    criterion: OATLoss
     anchor_mean: AnchorMean
     meter: Meter
     world: World
@@ -51,7 +53,10 @@ class TrainingState:
             "state.json": json.dumps(facts, indent=1) + "\n",
         }
         if stored_C is not None:
-            files["anchor.safetensors"] = {"anchor": stored_C}
+            anchors = {"anchor": stored_C}
+            if self.criterion.running_X is not None:  # the same on all ranks
+                anchors["running"] = self.criterion.running_X
+            files["anchor.safetensors"] = anchors
         return files
 
     def own(self) -> dict[str, Tensor]:
@@ -109,5 +114,8 @@ class TrainingState:
             self.meter.fingerprint = (self.meter.fingerprint + (high << 32) + low) % 2**64
             self.anchor_mean.running_X += part["anchor_running"].to(device)
         self.anchor_mean.finished_X.copy_(checkpoint.tensors(files[0])["anchor_finished"])
+        anchors = checkpoint.folder / "anchor.safetensors"
+        running_X = checkpoint.tensors(anchors.name).get("running") if anchors.exists() else None
+        self.criterion.running_X = None if running_X is None else running_X.to(device)
         if same:
             set_random_state(parts[0], device)

@@ -75,20 +75,14 @@ def evaluate_network(
     normalise: Normalise,
     world: World,
     *,
-    center: str | None,
-    floor: float,
-    stored_anchor_C: Tensor | None,
-    group_size: int = 32,
-    seed: int = 0,
-    num_seeds: int = 0,
-    prior_C: Tensor | None = None,
-    temperatures: Mapping[str, float] | None = None,
+    judged: Mapping[str, Any],
     **forward: Any,
 ) -> Evaluation | None:
     """`network_outputs` and `judge`: forward a whole split once and judge it; on rank 0, None on the others.
 
     Args:
-        forward: what `network_outputs` takes besides; the other arguments are those of `judge`.
+        judged: the keyword arguments of `judge`.
+        forward: what `network_outputs` takes besides.
 
     Raises:
         DataError: as `network_outputs`, or when no image of the split can be decoded.
@@ -99,16 +93,6 @@ def evaluate_network(
         if outputs is None:
             return None
         with torch.no_grad():
-            return judge(
-                outputs,
-                center=center,
-                floor=floor,
-                stored_anchor_C=stored_anchor_C,
-                group_size=group_size,
-                seed=seed,
-                num_seeds=num_seeds,
-                prior_C=prior_C,
-                temperatures=temperatures,
-            )
+            return judge(outputs, **judged)
 
     return world.together(on_main)

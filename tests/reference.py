@@ -15,6 +15,10 @@ def plain_anchor(logits_BC: Tensor, center: str, floor: float) -> Tensor:
         anchor_C = torch.softmax(logits_BC.mean(dim=0), dim=0)
     elif center == "probabilities":
         anchor_C = torch.softmax(torch.softmax(logits_BC, dim=1).mean(dim=0), dim=0)
+    elif center == "uniform":
+        anchor_C = torch.full((classes,), 1 / classes, dtype=logits_BC.dtype)
+    elif center == "one_hot":
+        anchor_C = torch.ones(classes, dtype=logits_BC.dtype)
     else:
         anchor_C = torch.softmax(logits_BC, dim=1).mean(dim=0)
     return (1 - classes * floor) * anchor_C + floor

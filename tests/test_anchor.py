@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import plain_anchor, plain_loss
 
 from oat_dist import OATLoss, anchor_targets, batch_anchor, invert
-from oat_dist.anchor import CENTERS, default_floor, global_loss, segment_sum
+from oat_dist.anchor import CENTERS, FIXED, default_floor, global_loss, segment_sum
 from oat_dist.objectives import CrossEntropy
 
 SETTINGS = settings(max_examples=120, deadline=None, derandomize=True)
@@ -44,6 +44,8 @@ def test_closed_form_equals_autograd(
     num_samples: int | None,
     seed: int,
 ) -> None:
+    if center in FIXED:
+        attached, floor = False, None
     generator = torch.Generator().manual_seed(seed)
     logits_BC = (3 * torch.randn(samples, classes, generator=generator, dtype=torch.float64)).requires_grad_()
     labels_B = torch.randint(0, classes, (samples,), generator=generator)
@@ -124,6 +126,75 @@ def test_an_underflown_anchor_of_an_absent_class_does_no_harm() -> None:
     loss.backward()
     assert criterion.anchor[2] == 0
     assert torch.isfinite(loss) and torch.isfinite(logits_BC.grad).all()
+
+
+def test_one_hot_is_mean_squared_error_to_one_hot_labels() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits_BC = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    labels_B = torch.randint(0, 5, (12,), generator=generator)
+    expected = torch.nn.functional.mse_loss(logits_BC + 1, torch.eye(5, dtype=torch.float64)[labels_B])
+    assert OATLoss(5, "one_hot")(logits_BC, labels_B).item() == pytest.approx(expected.item(), rel=1e-14)
+    assert OATLoss(5, "uniform")(logits_BC, labels_B).item() != pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("center", FIXED)
+def test_a_fixed_anchor_has_neither_gradient_nor_floor_nor_memory(center: str) -> None:
+    assert not OATLoss(5, center).anchor_grad
+    for wrong in ({"anchor_grad": True}, {"anchor_floor": 0.01}, {"scope": "global", "momentum": 0.9}):
+        with pytest.raises(ValueError, match=r"fixed|averaged"):
+            OATLoss(5, center, **wrong)
+
+
+def test_a_running_mean_anchor_by_its_definition() -> None:
+    """Every step back counts `momentum` times as much; steps without samples, and eval mode, change nothing."""
+    generator = torch.Generator().manual_seed(4)
+    criterion = OATLoss(4, "prior", "global", momentum=0.8)
+    anchors: list[torch.Tensor] = []
+    for step in range(6):
+        plain_BC = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+        logits_BC = plain_BC.clone().requires_grad_()
+        labels_B = torch.randint(0, 4, (9,), generator=generator)
+        anchors.append(batch_anchor(plain_BC, "prior"))
+        weights = [0.8**age for age in range(len(anchors))][::-1]
+        mean_C = sum(w * a for w, a in zip(weights, anchors, strict=True)) / sum(weights)
+        loss = criterion(logits_BC, labels_B)
+        targets_BC = anchor_targets(labels_B, mean_C)
+        assert relative(criterion.anchor, mean_C) < 1e-14
+        assert loss.item() == pytest.approx(float((plain_BC - targets_BC).square().mean()), rel=1e-13)
+        (gradient_BC,) = torch.autograd.grad(loss, logits_BC)
+        assert relative(gradient_BC, 2 * (plain_BC - targets_BC) / plain_BC.numel()) < 1e-13
+        if step == 3:  # nobody there, and an evaluation
+            assert criterion(logits_BC, labels_B, None, torch.zeros(9, dtype=torch.bool)).item() == 0
+            assert relative(criterion.anchor, mean_C) < 1e-14
+            criterion.eval()
+            criterion(logits_BC, labels_B)
+            criterion.train()
+    assert relative(criterion.anchor, anchors[-1]) > 1e-2  # the control: the last batch's own anchor
+    for wrong in ({"scope": "device"}, {"scope": "global", "anchor_grad": True}):
+        with pytest.raises(ValueError, match="running-mean"):
+            OATLoss(4, "prior", momentum=0.8, **wrong)
+    with pytest.raises(ValueError, match="momentum must"):
+        OATLoss(4, "prior", "global", momentum=1.0)
+
+
+def test_cross_entropy_counts_a_sample_the_same_wherever_it_is_dealt() -> None:
+    """Smoothed, adjusted, weighted: parts with the true N add up to the whole, by torch's own formula."""
+    generator = torch.Generator().manual_seed(5)
+    logits_BC = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    labels_B = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2])
+    share_C = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    objective = CrossEntropy(0.1, 0.5 * share_C.log(), 1 / (3 * share_C))
+    torch_own = torch.nn.functional.cross_entropy(
+        logits_BC + 0.5 * share_C.log(), labels_B, 1 / (3 * share_C), reduction="none", label_smoothing=0.1
+    )
+    whole = objective.loss(logits_BC, labels_B, 10, None)
+    assert whole.item() == pytest.approx(float(torch_own.sum() / 10), rel=1e-14)
+    parts = [objective.loss(logits_BC[rows], labels_B[rows], 10, None) for rows in (slice(0, 7), slice(7, 10))]
+    assert float(sum(parts)) == pytest.approx(whole.item(), rel=1e-14)
+    masked = objective.loss(logits_BC, labels_B, 10, torch.arange(10) < 7)
+    assert masked.item() == pytest.approx(parts[0].item(), rel=1e-14)
+    for other in (CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, None, 1 / (3 * share_C))):  # controls
+        assert abs(other.loss(logits_BC, labels_B, 10, None) - whole) > 1e-3
 
 
 @pytest.mark.parametrize("center", CENTERS)

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("objectives", "answers", "priors", "results", "training_state"),
     ("window_step",),
     ("evaluate", "evaluation_files"),
-    ("config_keys", "config_checks", "config", "validation", "calibration", "predict", "inference.*"),
+    ("config_keys", "config_checks", "config", "model_card", "validation", "calibration", "predict", "inference.*"),
     ("export.*",),
     ("data_parts", "parts", "run_folder", "trackers"),
     ("run_validation", "run_log"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from oat_dist.data.plan import EpochOrder
 from oat_dist.distributed import World
 from oat_dist.errors import DataError
 from oat_dist.evaluate import PROTOCOLS, TIE, Outputs, collect, judge
+from oat_dist.model_card import judging
 from oat_dist.objectives import oat_scores
 from oat_dist.predict import load_network
 from oat_dist.results import Evaluation
@@ -203,6 +205,32 @@ def test_a_given_class_prior_takes_the_place_of_the_anchor() -> None:
     assert "balanced" not in judge(outputs, center="probabilities", prior_C=prior_C).protocols
 
 
+def test_uneven_classes_can_be_asked_as_even_ones() -> None:
+    """`balanced` and `ordinary` by hand: exact posteriors of two classes of which one is three times as frequent."""
+    shares_C = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    likelihood_N2 = torch.tensor([[0.3, 0.7], [0.2, 0.8], [0.6, 0.4]], dtype=torch.float64)
+    posterior_N2 = likelihood_N2 * shares_C
+    posterior_N2 /= posterior_N2.sum(dim=1, keepdim=True)
+    even_N, as_trained_N = [1, 1, 0], [0, 1, 0]
+    labels_N, valid_N = torch.tensor([1, 1, 0]), torch.ones(3, dtype=torch.bool)
+
+    def answers(logits_N2: torch.Tensor, **settings: Any) -> dict[str, list[int]]:
+        found = judge(Outputs(logits_N2, labels_N, valid_N), shares_C=shares_C, **settings)
+        return {name: result.predicted_N.tolist() for name, result in found.protocols.items()}
+
+    plain = answers(posterior_N2.log(), center=None)
+    assert plain == {"argmax": as_trained_N, "balanced": even_N}
+    adjusted = answers(posterior_N2.log() - shares_C.log(), center=None, adjusted=1.0)
+    assert adjusted == {"argmax": even_N, "ordinary": as_trained_N, "balanced": even_N}
+    half = answers(posterior_N2.log() - 0.5 * shares_C.log(), center=None, adjusted=0.5)
+    assert (half["ordinary"], half["balanced"]) == (as_trained_N, even_N)
+    anchor_C = torch.tensor([0.5, 0.5])  # scores a (z + 1) are the posterior
+    fixed = answers(posterior_N2 / 0.5 - 1, center="uniform", stored_anchor_C=anchor_C)
+    assert fixed["balanced"] == even_N
+    assert all(fixed[name] == as_trained_N for name in ("batch", "single", "dataset", "stored"))
+    assert "balanced" not in judge(Outputs(posterior_N2, labels_N, valid_N), center=None).protocols
+
+
 def test_details_are_the_plain_measures() -> None:
     outputs = random_outputs(60, 7, spread=0.4)
     stored_C = torch.tensor([0.1, 0.2, 0.1, 0.15, 0.15, 0.2, 0.1])
@@ -321,10 +349,8 @@ def evaluate_run(run: TinyRun, batch_size: int) -> Evaluation:
         run.test_split,
         Normalise(card["mean"], card["std"], torch.device("cpu")),
         World(),
+        judged={**judging(card), "stored_anchor_C": stored_C},
         pipeline=ImagePipeline(32),
-        center=card["center"],
-        floor=card["floor"],
-        stored_anchor_C=stored_C,
         batch_size=batch_size,
         workers=1,
     )
@@ -352,10 +378,8 @@ def test_a_network_comes_back_in_the_mode_it_was_in(tiny_run: TinyRun) -> None:
             tiny_run.test_split,
             Normalise(card["mean"], card["std"], torch.device("cpu")),
             World(),
+            judged={"center": None},
             pipeline=ImagePipeline(32),
-            center=None,
-            floor=0.0,
-            stored_anchor_C=None,
         )
         assert network.training is training
         assert evaluation is not None

@@ -114,6 +114,13 @@ def campaign(root_text: str, data: str, url: str) -> dict[str, Any]:
         "max_steps=10",
         "micro_batch_size=4",
     )
+    fit(
+        *(engine, root, data, "ten-balanced", "max_steps=10", "micro_batch_size=9"),
+        *("loss.class_weights=balanced", "loss.label_smoothing=0.1"),
+    )
+    running = ("pretrain_epochs=0", "anchor.center=prior", "anchor.momentum=0.9", "max_steps=10")
+    fit(engine, root, data, "ten-running", *running)
+    fit_in_two(engine, root, data, "running-resumed", 4, *running)
     cache = f"data.cache_dir={root / 'cache'}"
     remote = (f"data.path={url}", "anchor.scope=global", *TEN, "max_steps=10", cache)
     fit(engine, root, data, "ten-remote", *remote)
@@ -248,6 +255,7 @@ def evaluate(run: str) -> dict[str, Any]:
         outputs = _forward(subject, shards, batch_size, engine.world)
         for center in (None, *CENTERS) if outputs is not None else ():
             settings = {"stored_anchor_C": subject.stored_anchor_C, "prior_C": prior_C / prior_C.sum()}
+            settings |= {"shares_C": prior_C / prior_C.sum(), "adjusted": 0.5}
             evaluation = judge(outputs, center=center, **settings)
             found.setdefault(str(batch_size), {})[center or ""] = {
                 name: {"labels": result.predicted_N.tolist(), "ties": result.ties}

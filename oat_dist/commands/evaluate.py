@@ -39,9 +39,10 @@ Evaluate a trained checkpoint under the protocols of OAT:
   dataset   one anchor for the whole split
   stored    the mean training anchor: one image in, one answer out
   argmax    the largest output (a network trained with cross-entropy alone)
-and for a network trained with the center "prior", whose anchor stands for the class prior:
+under another class prior than that of training (where its classes are not equally frequent; center "prior"):
   balanced  every class is equally likely at test time
-  given     the class prior of --prior
+  ordinary  as likely as in training, for a network trained to balance them (loss.logit_adjustment, class_weights)
+  given     the class prior of --prior (center "prior")
 
 Of each: accuracy and balanced accuracy with their 95 % bootstrap intervals, top-5, Brier score; in the JSON also
 accuracy by class and the confusion matrix. Predicted labels do not depend on the number of processes or on
@@ -61,7 +62,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    every = [*PROTOCOLS, *PRIOR_PROTOCOLS, "argmax"]
+    every = [*PROTOCOLS, *PRIOR_PROTOCOLS, "ordinary", "argmax"]
     what = parser.add_argument_group("what to evaluate")
     what.add_argument("run", metavar="RUN", type=Path, help="run folder, or one of its checkpoints/step-<n> folders")
     what.add_argument("--checkpoint", metavar="NAME", help="latest (default), best, or step-<n>")

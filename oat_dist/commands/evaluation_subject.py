@@ -20,6 +20,7 @@ from oat_dist.data_parts import open_location
 from oat_dist.distributed import World
 from oat_dist.errors import DataError, OatError
 from oat_dist.evaluate import PRIOR_PROTOCOLS, PROTOCOLS, Outputs, judge
+from oat_dist.model_card import judging
 from oat_dist.predict import load_network, pipeline_of
 from oat_dist.results import Evaluation
 from oat_dist.run_folder import read_config
@@ -121,9 +122,14 @@ class Subject:
 
     def protocols(self, given: bool) -> list[str]:
         """Those that apply; `given`: a class prior is named."""
+        settings = judging(self.card)
+        uneven = settings["shares_C"] is not None
         if self.center is None:
-            return ["argmax"]
-        return [*PROTOCOLS, *(PRIOR_PROTOCOLS[: 1 + given] if self.center == "prior" else ())]
+            ordinary = uneven and settings["adjusted"] != 0
+            return ["argmax", *(["ordinary"] if ordinary else []), *(["balanced"] if uneven else [])]
+        if self.center == "prior":
+            return [*PROTOCOLS, *PRIOR_PROTOCOLS[: 1 + given]]
+        return [*PROTOCOLS, *(["balanced"] if uneven else [])]
 
     def open_split(self, world: World) -> ShardSet:
         shards = world.together(partial(open_location, **self.cache), self.data, self.split)
@@ -143,13 +149,11 @@ class Subject:
     ) -> Evaluation:
         return judge(
             outputs,
-            center=self.center,
-            floor=self.card["floor"],
             stored_anchor_C=self.stored_anchor_C,
             num_seeds=num_seeds,
             prior_C=prior_C if self.center == "prior" else None,
             temperatures=temperatures,
-            **self.grouping,
+            **{**judging(self.card), **self.grouping},
         )
 
     def facts(self) -> dict[str, Any]:

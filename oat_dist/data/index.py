@@ -148,6 +148,11 @@ class ShardSet:
         return self.manifest.num_samples
 
     @property
+    def class_shares(self) -> list[float]:
+        """Of all samples, the share that each class has."""
+        return [count / self.num_samples for count in self.manifest.class_counts]
+
+    @property
     def where(self) -> str:
         """The location, for messages: a URL without its secrets."""
         return shown(self.location) if is_url(self.location) else self.location

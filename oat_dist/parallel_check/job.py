@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from oat_dist.anchor import FIXED
 from oat_dist.config import Config
 from oat_dist.data.plan import Layout, Part
 from oat_dist.errors import ConfigError
@@ -121,7 +122,9 @@ def plan_job(config: Config, num_samples: int, processes: int, steps: int) -> tu
                 reference=references.index(reference),
             )
         )
-    wrong = None if objective != "oat" else "device" if config.anchor.scope == "global" else "global"
+    wrong: str | None = "device" if config.anchor.scope == "global" else "global"
+    if objective != "oat" or config.anchor.center in FIXED or config.anchor.momentum:
+        wrong = None  # there is no anchor of another scope
     return Job(processes, objective, batches, cases, references, wrong), notes
 
 

@@ -19,12 +19,12 @@ from oat_dist.data_parts import DataParts, build_data
 from oat_dist.distributed import counts
 from oat_dist.engine import Engine
 from oat_dist.engine.zero_config import BatchShape
-from oat_dist.objectives import OAT, CrossEntropy, Objective
+from oat_dist.objectives import OAT, Objective
 from oat_dist.parallel_check.distance import distance, start_file
 from oat_dist.parallel_check.job import Case, Job, case_config
 from oat_dist.parallel_check.network import digest, quieten
 from oat_dist.parallel_check.reference import NO_CLIP
-from oat_dist.parts import build_criterion, build_network, optimizer_for
+from oat_dist.parts import build_criterion, build_network, build_objectives, optimizer_for
 from oat_dist.window_step import WindowStep
 
 __all__ = ["run_rank"]
@@ -65,7 +65,7 @@ class _Rank:
         """Take the steps; with `scope` under another anchor scope, with `swap` on one wrong sample."""
         config = case_config(self.config, case)
         data = build_data(config, self.world)
-        objective = self._objective(config, len(data.train_set.classes), scope)
+        objective = self._objective(config, data, scope)
         layout = data.loader.layout
         network = copy.deepcopy(self.network)
         replica = self.engine.prepare(
@@ -119,9 +119,10 @@ class _Rank:
         data.close()
         return found
 
-    def _objective(self, config: Config, num_classes: int, scope: str | None) -> Objective:
+    def _objective(self, config: Config, data: DataParts, scope: str | None) -> Objective:
+        num_classes = len(data.train_set.classes)
         if self.job.objective == "cross_entropy":
-            return CrossEntropy()
+            return build_objectives(config, data.train_set, build_criterion(config, num_classes))[0]
         if scope is not None:
             config = dataclasses.replace(config, anchor=dataclasses.replace(config.anchor, scope=scope))
         return OAT(build_criterion(config, num_classes))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from oat_dist.anchor import anchor_targets, batch_anchor
 from oat_dist.batch import Batch
@@ -23,7 +24,7 @@ from oat_dist.errors import not_finite
 from oat_dist.parallel_check.distance import distance, start_file, weights_file
 from oat_dist.parallel_check.job import Job, Rows
 from oat_dist.parallel_check.network import calibrate, digest, quieten, wake_head
-from oat_dist.parts import build_network, optimizer_for
+from oat_dist.parts import build_criterion, build_network, build_objectives, optimizer_for
 
 __all__ = ["NO_CLIP", "run_reference"]
 
@@ -73,12 +74,14 @@ def run_reference(engine: Engine, job: Job, config: Config, folder: Path) -> Non
 class _Reference:
     def __init__(self, job: Job, config: Config, data: DataParts, network: nn.Module, batches: list[Batch]) -> None:
         self.job, self.config, self.data, self.network, self.batches = job, config, data, network, batches
-        grad = config.anchor.grad
-        self.attached = config.anchor.center != "prior" if grad is None else grad
+        classes = len(data.train_set.classes)
+        self.attached = build_criterion(config, classes).anchor_grad
+        self.cross_entropy = build_objectives(config, data.train_set, build_criterion(config, classes))[0]
 
     def train(self, sets: list[list[Rows]], pieces: int = 1) -> tuple[nn.Module, dict[str, Any]]:
         """Every step from the initial weights; the network and what happened in each step."""
         network = copy.deepcopy(self.network)
+        self.past: list[Tensor] = []  # anchors so far, for a running mean
         optimizer = optimizer_for(self.config, network)
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
@@ -107,7 +110,12 @@ class _Reference:
         labels_B = batch.labels_B.to(logits_BC.device)
         samples = max(batch.num_valid, 1)
         if self.job.objective == "cross_entropy":
-            each_B = nn.functional.cross_entropy(logits_BC, labels_B, reduction="none")
+            how = self.cross_entropy
+            if how.offset_C is not None:
+                logits_BC = logits_BC + how.offset_C.to(logits_BC)
+            weight_C = None if how.weight_C is None else how.weight_C.to(logits_BC)
+            smoothing = how.label_smoothing
+            each_B = cross_entropy(logits_BC, labels_B, weight_C, reduction="none", label_smoothing=smoothing)
             return each_B[valid_B].sum() / samples, []
         settings = self.config.anchor
         total, anchors = logits_BC.new_zeros(()), []
@@ -117,6 +125,11 @@ class _Reference:
             if len(z_BC) == 0:
                 continue
             anchor_C = batch_anchor(z_BC, settings.center, settings.floor)
+            if settings.momentum:  # by its definition, from all anchors so far
+                self.past.append(anchor_C.detach())
+                ages = torch.arange(len(self.past), dtype=anchor_C.dtype, device=anchor_C.device).flip(0)
+                weights = settings.momentum**ages
+                anchor_C = weights @ torch.stack(self.past) / weights.sum()
             anchors.append((rows, anchor_C.detach()))
             target_BC = anchor_targets(y_B, anchor_C if self.attached else anchor_C.detach())
             total = total + (z_BC - target_BC).square().sum()

@@ -89,6 +89,7 @@ _PROTOCOLS = {
     "single": Look(SERIES[2], "--", "^"),
     "dataset": Look(SERIES[3], "-.", "D"),
     "stored": Look(SERIES[4], ":", "v"),
+    "ordinary": Look(SERIES[2], "-.", "<"),
     "balanced": Look(SERIES[0], "--", "P"),
     "given": Look(SERIES[1], "-.", "X"),
 }

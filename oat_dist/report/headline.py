@@ -17,7 +17,8 @@ _PROTOCOLS = {
     "single": "each sample is its own batch",
     "dataset": "anchor of the whole evaluated split",
     "stored": "frozen training anchor: one image in, one answer out",
-    "balanced": "class prior 1/C in the anchor's place",
+    "ordinary": "classes as frequent as in training",
+    "balanced": "classes equally frequent: prior 1/C instead of that of training",
     "given": "a class prior given on the command line",
 }
 

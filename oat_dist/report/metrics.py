@@ -34,7 +34,8 @@ __all__ = [
 
 METRICS_NAME = "metrics.jsonl"
 _LARGEST = 1e300
-PROTOCOLS = ("argmax", "batch", "single", "dataset", "stored", "balanced", "given")  # in the order they are shown in
+# In the order they are shown in.
+PROTOCOLS = ("argmax", "batch", "single", "dataset", "stored", "ordinary", "balanced", "given")
 
 
 @dataclass(frozen=True)
