@@ -392,7 +392,10 @@ def test_inputs_that_hold_no_cifar10(tmp_path: Path) -> None:
     twice = archive(tmp_path / "two.tar.gz", {f"{place}/data_batch_1": b"" for place in "ab"})
     assert refusal(twice) == "INPUT: holds two files 'data_batch_1'; fetch the published archive"
     folder = put(tmp_path / "split", python_files())
-    assert refusal(folder, train=1) == "INPUT: is split already (train, test); leave the shares out of --split"
+    assert (
+        refusal(folder, train=1)
+        == "INPUT: is split already (train, test); leave the shares out of --split, or use --hold-out"
+    )
     assert refusal(folder, val=None) == "INPUT: has no split 'val'; it has train, test"
 
 
