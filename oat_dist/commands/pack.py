@@ -30,6 +30,8 @@ examples:
   pack imagefolder photos packed/photos --dry-run          look first, write nothing
   pack imagefolder cifar10 packed/cifar10                  splits as the folders say
   pack imagefolder photos packed/photos --split train=0.8 --split val=0.2
+  pack cifar10 cifar-10-python.tar.gz packed/cifar10 --hold-out val=0.1        a tenth of train, to choose by
+  pack cifar10 cifar-10-python.tar.gz packed/cifar10-lt --long-tail 100        5,000 of the first class, 50 of the last
   pack imagefolder photos packed/photos --short-side 256   smaller and quicker to read
   pack imagefolder scans packed/scans --reencode jpeg:90   large PNGs as JPEGs
   pack digits - packed/digits                              no download needed
@@ -49,7 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME=SHARE, repeated or with commas: deal each class's images at random, shares add up to 1; "
         "NAME: of an input with splits, pack this one; of one without, call it NAME (default: train)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides order and dealing (default: %(default)s)")
+    parser.add_argument(
+        "--hold-out",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="of an input with a split train: deal this share of each of its classes into a new split, such as val=0.1",
+    )
+    parser.add_argument(
+        "--long-tail",
+        type=float,
+        metavar="IMBALANCE",
+        help="thin train (what --hold-out leaves of it) to an exponential profile: the first class keeps as many "
+        "images as the largest has, the last one IMBALANCE times fewer",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides order, dealing, thinning (default: %(default)s)")
     parser.add_argument(
         "--short-side",
         type=_positive,
@@ -101,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         plan.splits,
         args.output,
         classes=plan.classes,
-        source=plan.source,
+        source=plan.sources(),
         seed=args.seed,
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_bytes,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -282,6 +282,7 @@ def test_plain_pickles_are_read_as_python_reads_them() -> None:
 
 
 @given(st.binary(max_size=60), st.integers(0, 400), st.integers(0, 255))
+@example(b"", 55, 92)  # a backslash in a text
 @settings(max_examples=150, deadline=None)
 def test_any_bytes_are_a_value_or_one_clear_error(junk: bytes, position: int, byte: int) -> None:
     whole = bytearray(python2_pickle({b"labels": [1, 2, 3], b"data": np.zeros((2, 40), np.uint8)}))
@@ -392,7 +393,10 @@ def test_inputs_that_hold_no_cifar10(tmp_path: Path) -> None:
     twice = archive(tmp_path / "two.tar.gz", {f"{place}/data_batch_1": b"" for place in "ab"})
     assert refusal(twice) == "INPUT: holds two files 'data_batch_1'; fetch the published archive"
     folder = put(tmp_path / "split", python_files())
-    assert refusal(folder, train=1) == "INPUT: is split already (train, test); leave the shares out of --split"
+    assert (
+        refusal(folder, train=1)
+        == "INPUT: is split already (train, test); leave the shares out of --split, or use --hold-out"
+    )
     assert refusal(folder, val=None) == "INPUT: has no split 'val'; it has train, test"
 
 

@@ -279,7 +279,10 @@ def test_tables_and_splits_that_are_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path / "folder.csv") == "folder.csv: cannot be read (Is a directory); check its permissions"
     table = write(tmp_path / "t.csv", "path,label,split\na.jpg,x,train\nb.jpg,y,train\n")
     assert refusal(table, {"val": None}) == "t.csv: has no split 'val'; it has train"
-    assert refusal(table, {"a": 0.5, "b": 0.5}) == "t.csv: is split already (train); leave the shares out of --split"
+    assert (
+        refusal(table, {"a": 0.5, "b": 0.5})
+        == "t.csv: is split already (train); leave the shares out of --split, or use --hold-out"
+    )
 
 
 # BAR
@@ -353,7 +356,11 @@ def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         ),
         (["train/a_1.jpg", "test/a_1.jpg"], {}, "{root}: holds the single class 'a'; a classifier needs two"),
         (["train/a_1.jpg"], {"val": None}, "{root}: has no split 'val'; it has train, test"),
-        (["train/a_1.jpg"], {"train": 1}, "{root}: is split already (train, test); leave the shares out of --split"),
+        (
+            ["train/a_1.jpg"],
+            {"train": 1},
+            "{root}: is split already (train, test); leave the shares out of --split, or use --hold-out",
+        ),
     ],
 )
 def test_folders_that_are_not_bar(tmp_path: Path, files: list[str], splits: dict[str, Any], message: str) -> None:
@@ -370,6 +377,8 @@ def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_source_arguments(parser)
     parser.add_argument("--split", action="append", default=[])
+    parser.add_argument("--hold-out", action="append", default=[])
+    parser.add_argument("--long-tail", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--on-bad", default="stop")
     return parser.parse_args(words)

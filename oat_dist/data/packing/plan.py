@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,7 +39,7 @@ _EXAMINED_AT_ONCE = 4096
 class PackOptions:
     """Arguments of `write_shards` that hold for every split."""
 
-    source: str
+    source: str | Mapping[str, str]  # one for all, or one for each split
     seed: int
     shard_samples: int
     shard_bytes: int
@@ -52,6 +52,11 @@ class PackOptions:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.on_bad not in ("stop", "skip"):
             raise DataError(f'on_bad is {self.on_bad!r}; it must be "stop" or "skip"')
+
+    def describe(self, split: str) -> str:
+        """For the manifest of a split, where its images come from and what was done to them."""
+        source = self.source if isinstance(self.source, str) else self.source[split]
+        return source if self.recode is None else f"{source}; {self.recode.describe()}"
 
 
 def examined_at_once(total: int) -> Iterator[tuple[int, int]]:

@@ -60,7 +60,7 @@ def write_index(plan: SplitPlan, folder: Path, classes: list[str], options: Pack
     index = Index.from_rows({**sizes, "label": labels}, names).to_bytes()
     manifest = Manifest(
         split=plan.split,
-        source=options.source if options.recode is None else f"{options.source}; {options.recode.describe()}",
+        source=options.describe(plan.split),
         seed=options.seed,
         classes=classes,
         class_counts=counts.tolist(),

@@ -103,7 +103,7 @@ def write_splits(
     output: Path | str,
     *,
     classes: Sequence[str] | None = None,
-    source: str = "custom",
+    source: str | Mapping[str, str] = "custom",
     seed: int = 0,
     shard_samples: int = 10_000,
     shard_bytes: int = _SHARD_BYTES,
@@ -116,7 +116,7 @@ def write_splits(
 ) -> dict[str, ShardSet]:
     """Pack several splits with one class list into `output/<split>`; none appears before all are written.
 
-    Arguments and errors as for `write_shards`.
+    Arguments and errors as for `write_shards`; `source` may be one for each split.
     """
     options = PackOptions(source, seed, shard_samples, shard_bytes, on_bad, Recode.parse(short_side, reencode))
     folders = {name: (name, samples) for name, samples in splits.items()}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from oat_dist.data.sources import bar, cifar10, digits, era, imagefolder, table, ucf101
-from oat_dist.data.sources.splits import PackPlan, SplitRequest, parse_splits
+from oat_dist.data.sources.splits import PackPlan, SplitRequest, parse_hold_out, parse_splits
+from oat_dist.data.sources.train_split import hold_out, make_long_tailed
 from oat_dist.errors import DataError
 
 __all__ = [
@@ -98,11 +99,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_source(args: argparse.Namespace) -> PackPlan:
-    """The plan for `args` of a parser with `add_source_arguments`, `--split` (a list), `--seed` and `--on-bad`.
+    """The plan for `args` of a parser with `add_source_arguments` and `--seed`, `--on-bad`, `--long-tail`,
+    `--split` and `--hold-out` (lists).
 
     Raises:
-        DataError: an option of another source was given; what the source finds wrong.
+        DataError: an option of another source was given; what the source finds wrong, `hold_out` or `make_long_tailed`.
     """
+    splits, held_out = parse_splits(args.split), parse_hold_out(args.hold_out)
     given = {keyword: value for keyword, value in vars(args).items() if value is not None}
     for name, other in SOURCES.items():
         for option in other.options:
@@ -112,4 +115,5 @@ def plan_source(args: argparse.Namespace) -> PackPlan:
     settings = {option.keyword: given[option.keyword] for option in source.options if option.keyword in given}
     if source.needs_on_bad:
         settings["on_bad"] = args.on_bad
-    return source(args.input, splits=parse_splits(args.split), seed=args.seed, **settings)
+    plan = source(args.input, splits=splits, seed=args.seed, **settings)
+    return make_long_tailed(hold_out(plan, held_out, args.seed), args.long_tail, args.seed)

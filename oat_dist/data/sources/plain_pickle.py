@@ -8,6 +8,7 @@ and Python 3 write arrays and bytes are known by their form, any other ends the 
 from __future__ import annotations
 
 import pickletools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +43,10 @@ def read_plain_pickle(data: bytes, where: str) -> Any:
     """
     machine = _Machine(where)
     try:
-        for instruction, argument, _ in pickletools.genops(data):
-            machine.follow(instruction.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in texts, which damage may have made
+            for instruction, argument, _ in pickletools.genops(data):
+                machine.follow(instruction.name, argument)
         return machine.result()
     except DataError:
         raise

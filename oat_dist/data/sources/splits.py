@@ -18,6 +18,7 @@ __all__ = [
     "deal_to_splits",
     "list_some",
     "other_counts",
+    "parse_hold_out",
     "parse_splits",
 ]
 
@@ -32,12 +33,23 @@ _NAMED_AT_MOST = 5
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Everything a source found: the common classes, the samples by split, and remarks for the user."""
+    """Everything a source found: the common classes, the samples by split, and notes for the user.
+
+    `remarks` by split say in its manifest, after the source, what was done to it.
+    """
 
     source: str
     classes: list[str]
     splits: dict[str, list[Sample]]
     notes: list[str] = field(default_factory=list)
+    remarks: dict[str, str] = field(default_factory=dict)
+
+    def sources(self) -> dict[str, str]:
+        """By split, what its manifest calls its source: `cifar10; long-tailed, imbalance 100`."""
+        return {
+            name: f"{self.source}; {self.remarks[name]}" if name in self.remarks else self.source
+            for name in self.splits
+        }
 
 
 def parse_splits(texts: Sequence[str]) -> dict[str, Fraction | None]:
@@ -47,22 +59,42 @@ def parse_splits(texts: Sequence[str]) -> dict[str, Fraction | None]:
         DataError: a share that is no number above 0, shares that do not add up to 1, a name given twice,
             names with and without a share.
     """
-    splits: dict[str, Fraction | None] = {}
-    for text in ",".join(texts).split(",") if texts else []:
-        name, equals, share = (part.strip() for part in text.partition("="))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise DataError(f"--split {text!r}: write NAME or NAME=SHARE, such as train=0.8")
-        if name in splits:
-            raise DataError(f"--split {name} is given twice; name each split once")
-        try:
-            splits[name] = Fraction(share) if equals else None
-        except (ValueError, ZeroDivisionError):
-            raise DataError(f"--split {text!r}: {share!r} is not a number; write a share such as 0.8 or 4/5") from None
+    splits = _parse_names("--split", texts, "NAME or NAME=SHARE, such as train=0.8")
     shares = [share for share in splits.values() if share is not None]
     if shares and len(shares) != len(splits):
         raise DataError("--split: give every split a share (train=0.8,val=0.2), or none")
     if shares and (min(shares) <= 0 or sum(shares) != 1):
         raise DataError(f"--split: shares must be above 0 and add up to 1, not {float(sum(shares)):g}")
+    return splits
+
+
+def parse_hold_out(texts: Sequence[str]) -> dict[str, Fraction]:
+    """Read `["val=0.1"]` or `["val=0.1,calibration=1/10"]`.
+
+    Raises:
+        DataError: a name without a share, a share that is no number above 0, shares that leave nothing of the split.
+    """
+    named = _parse_names("--hold-out", texts, "NAME=SHARE, such as val=0.1")
+    shares = {name: share for name, share in named.items() if share is not None}
+    if len(shares) < len(named):
+        raise DataError("--hold-out: say how much, NAME=SHARE, such as val=0.1")
+    if shares and (min(shares.values()) <= 0 or sum(shares.values()) >= 1):
+        raise DataError("--hold-out: shares must be above 0 and add up to less than 1; the rest stays in train")
+    return shares
+
+
+def _parse_names(option: str, texts: Sequence[str], form: str) -> dict[str, Fraction | None]:
+    splits: dict[str, Fraction | None] = {}
+    for text in ",".join(texts).split(",") if texts else []:
+        name, equals, share = (part.strip() for part in text.partition("="))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise DataError(f"{option} {text!r}: write {form}")
+        if name in splits:
+            raise DataError(f"{option} {name} is given twice; name each split once")
+        try:
+            splits[name] = Fraction(share) if equals else None
+        except (ValueError, ZeroDivisionError):
+            raise DataError(f"{option} {text!r}: {share!r} is not a number; write a share such as 0.8 or 4/5") from None
     return splits
 
 
@@ -74,7 +106,9 @@ def chosen_splits(where: object, there: Iterable[str], splits: SplitRequest) -> 
     """
     names = list(there)
     if any(share is not None for share in splits.values()):
-        raise DataError(f"{where}: is split already ({', '.join(names)}); leave the shares out of --split")
+        raise DataError(
+            f"{where}: is split already ({', '.join(names)}); leave the shares out of --split, or use --hold-out"
+        )
     for name in splits:
         if name not in names:
             raise DataError(f"{where}: has no split {name!r}; it has {', '.join(names)}")
@@ -97,9 +131,11 @@ def list_some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED_AT_MOST]) + more
 
 
-def deal_to_splits(samples: Sequence[Sample], splits: SplitRequest, seed: int) -> dict[str, list[Sample]]:
+def deal_to_splits(
+    samples: Sequence[Sample], splits: SplitRequest, seed: int, *, below: str = ""
+) -> dict[str, list[Sample]]:
     """Deal `samples` to `splits`, class by class: the counts by largest remainder, the members by a keyed
-    hash of their names.
+    hash of their names, without the folder `below` that all names begin with.
 
     Raises:
         DataError: several splits without shares, or a class too small to be in each split.
@@ -116,7 +152,7 @@ def deal_to_splits(samples: Sequence[Sample], splits: SplitRequest, seed: int) -
         by_class.setdefault(sample.label, []).append(sample)
     dealt: dict[str, list[Sample]] = {name: [] for name in shares}
     for label, members in by_class.items():
-        order = seeded_order([sample.name for sample in members], seed)
+        order = seeded_order([sample.name[len(below) :] for sample in members], seed)
         start = 0
         for name, count in _counts(len(members), shares).items():
             if not count:
