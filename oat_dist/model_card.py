@@ -34,6 +34,7 @@ def model_card(config: Config, train_set: ShardSet | StreamSet, objective: str) 
         "objective": objective,
         "center": config.anchor.center,
         "floor": default_floor(config.anchor.center, len(classes), config.anchor.floor),
+        **({} if config.optim.ema is None else {"ema": config.optim.ema}),
     }
     # Classes weighted inversely to their shares are learnt as logits adjusted by the whole log of the share are.
     adjusted = 1.0 if config.loss.class_weights == "balanced" else config.loss.logit_adjustment

@@ -17,7 +17,9 @@ from oat_dist.data.index import ShardSet
 from oat_dist.models import build_model
 
 WORLDS = (1, 2, 3)
-TENS = tuple(f"ten-{name}" for name in ["global", "group", "mixed", "windows", "accumulated", "balanced", "running"])
+TENS = tuple(
+    f"ten-{name}" for name in ["global", "group", "mixed", "windows", "accumulated", "balanced", "running", "ema"]
+)
 
 
 def packed(noisy_digits: dict[str, ShardSet]) -> str:
@@ -100,6 +102,7 @@ def flat(run: Path) -> torch.Tensor:
 def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(runs: Path, undisturbed: str, resumed: str) -> None:
     expected, found = final_files(runs / undisturbed), final_files(runs / resumed)
     assert found.keys() == expected.keys() and "optimizer.safetensors" in found
+    assert ("raw.safetensors" in found) == undisturbed.startswith("norm")  # with optim.ema
     assert [name for name in expected if found[name] != expected[name]] == []
     before, after = (
         [line for line in records(runs / name) if "protocol" in line or "anchor" in line]
@@ -179,7 +182,7 @@ def test_n_ranks_train_the_network_of_one(campaigns: dict[int, tuple[Path, Any]]
             if "loss" in line:
                 assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     # control: another anchor scope leads elsewhere
-    other = flat(campaigns[2][0] / ("ten-group" if name in ("ten-global", "one-left") else "ten-global"))
+    other = flat(campaigns[2][0] / ("ten-group" if name in ("ten-global", "ten-ema", "one-left") else "ten-global"))
     assert float((other - one).norm() / (one - start).norm()) > 1e-3
 
 
