@@ -26,8 +26,10 @@ __all__ = ["Options", "Plan", "PlannedRun", "folder_name", "make_plan", "scaled"
 _PLACES = ("output_dir", "start_from", "data.path", "data.cache_dir", "data.workers", "data.prefetch", "engine.threads")
 _PLACE_SECTIONS = ("job.", "log.", "checkpoint.")
 # What cross-entropy epochs do not know of. Not anchor.span: it decides who gets which samples of a batch.
-_LATER = ("anchor.center", "anchor.scope", "anchor.group_size", "anchor.grad", "anchor.floor", "anchor.momentum")
-_LATER += ("loss.name", "epochs", "pretrain_epochs")
+_LATER = (
+    *("anchor.center", "anchor.scope", "anchor.group_size", "anchor.grad", "anchor.floor", "anchor.momentum"),
+    *("loss.name", "epochs", "pretrain_epochs"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def make_plan(table: Table, folder: Path, options: Options) -> Plan:
                 problems[cell, arm] = error
     shared = _shared(table, folder, configs)
     first: dict[str, tuple[str, str]] = {}
-    runs = {}
+    runs: dict[tuple[str, str, int], PlannedRun] = {}
     for (cell, arm), (overrides, config) in configs.items():
         home = first.setdefault(training_key(config), (cell, arm))
         beginning = shared.get(_beginning(config))
@@ -142,7 +144,7 @@ def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tu
     path = table.config_of(cell)
     own = table.arms[arm].set
     given = [*options.defaults, *table.set, *table.cells[cell].set, *own, *options.set]
-    config = load_config(path, [*given, "output_dir=-"])
+    config = load_config(path, [*given, "output_dir=."])
     epochs, before = scaled(config.epochs, config.pretrain_epochs, options.scale)
     if table.arms[arm].phases == "pretrain":
         before = epochs
@@ -152,7 +154,7 @@ def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tu
     place = options.data.get(name, options.data.get(""))
     if place is not None:
         given.append(f"data.path={place}")
-    return tuple(given), load_config(path, [*given, "output_dir=-"])
+    return tuple(given), load_config(path, [*given, "output_dir=."])
 
 
 def scaled(epochs: int, before: int, scale: float) -> tuple[int, int]:

@@ -96,7 +96,8 @@ class Pool:
 
     def train(self, runs: Sequence[PlannedRun]) -> None:
         """Train and judge `runs`, parents before their children; returns early when asked to stop."""
-        waiting, trained = list(runs), []
+        waiting = list(runs)
+        trained: list[PlannedRun] = []
         running: dict[int, tuple[PlannedRun, Child, int]] = {}
         passed_on = False
         while running or trained or (waiting and not passed_on):

@@ -37,7 +37,7 @@ def submit(runs: Sequence[PlannedRun], folder: Path, options: Sequence[str], dry
     jobs: list[str] = []
     for stage in (first, [run for run in runs if run not in first]):
         after = [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"] if jobs else []
-        begun = []
+        begun: list[str] = []
         for config in dict.fromkeys(run.config_path for run in stage):
             lines = [f"{shlex.join(run.overrides)}\n" for run in stage if run.config_path == config]
             text = "".join(lines)

@@ -15,7 +15,7 @@ from oat_dist.experiments.statistics import Mean, mean_of, paired
 from oat_dist.experiments.tables import Arm
 from oat_dist.report.metrics import PROTOCOLS
 
-__all__ = ["Row", "Score", "Times", "collect", "rows_of", "times_of"]
+__all__ = ["Results", "Row", "Score", "Times", "collect", "rows_of", "shown", "times_of"]
 
 Results = Mapping[tuple[str, str, int], Result]
 
@@ -129,7 +129,7 @@ def _row(plan: Plan, results: Results, cell: str, arm: str, checkpoint: str) -> 
             table.arms[table.baseline], [(one, result.protocol) for result, one in base.values()], table.baseline
         )
         base_judged = {seed: one for seed, (_, one) in base.items()}
-        names = {name for one in judged.values() for name in one.protocols}
+        names = set.intersection(*(set(one.protocols) for one in judged.values()))
         for name in [protocol, *sorted(names - {protocol}, key=_place)]:
             against = name if all(name in one.protocols for one in base_judged.values()) else base_own
             if name == protocol:  # each under its own

@@ -209,7 +209,12 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
             return list(value)
         wanted = "a list of texts, such as [optim.lr=0.01]"
     elif isinstance(value, str):
-        read = {str: str, int: int, float: float, bool: lambda text: {"true": True, "false": False}[text.lower()]}
+        read: dict[Any, Any] = {
+            str: str,
+            int: int,
+            float: float,
+            bool: lambda text: {"true": True, "false": False}[text.lower()],
+        }
         try:
             return read[hint](value)
         except (ValueError, KeyError):
