@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,7 @@ class CheckpointStore:
         if fence is None:
             world.together(lambda: self.fence.claim() if world.is_main else None)
         world.together(self._see)
+        self._saved_time = time.monotonic()
 
     def _see(self) -> None:
         if not (self.root / "attempt").is_file():
@@ -230,6 +232,21 @@ class CheckpointStore:
             else:
                 (self.root / "best").unlink(missing_ok=True)
 
+    def minutes_passed(self, minutes: float) -> bool:
+        """Whether so many have passed since the last save, or the start; the same on all ranks. 0: never."""
+        if minutes == 0:
+            return False
+        passed = (time.monotonic() - self._saved_time) / 60 >= minutes and self.world.is_main
+        return not self.world.all_agree(not passed)  # rank 0's clock decides for all
+
+    def take(self, best: Checkpoint) -> None:
+        """Copy the best checkpoint of another run, older than the one that this run begins with.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        self._stage(self._copy, best.folder)
+
     def save(
         self,
         step: int,
@@ -253,6 +270,7 @@ class CheckpointStore:
         self._stage(self._make_folder, folder)
         digests = self.world.gather_objects(self._stage(self._write, folder, shared, own))
         self._stage(self._publish, folder, final, {k: v for part in digests for k, v in part.items()}, best)
+        self._saved_time = time.monotonic()
         return final
 
     def best(self) -> str | None:
@@ -290,6 +308,17 @@ class CheckpointStore:
             fsync_file(path)
             written[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
         return written
+
+    def _copy(self, folder: Path) -> None:
+        if not self.world.is_main:
+            return
+        self.fence.check()
+        shutil.copytree(folder, self.fence.staging)
+        for path in self.fence.staging.iterdir():
+            fsync_file(path)
+        self.fence.check()
+        self.fence.staging.rename(self.root / folder.name)
+        fsync_folder(self.root)
 
     def _publish(self, folder: Path, final: Path, files: dict[str, dict[str, Any]], best: bool) -> None:
         if not self.world.is_main:

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from oat_dist.anchor import CENTERS, default_floor
 from oat_dist.config_keys import Config
@@ -40,6 +41,8 @@ def check(config: Config) -> None:
     if config.eval.protocol == "balanced" and not own:
         raise ConfigError("eval.protocol=balanced needs anchor.center=prior, whose anchor is a class prior")
     _choice("eval.protocol", config.eval.protocol, (*PROTOCOLS, *own))
+    if config.start_from is not None and Path(config.start_from).absolute() == Path(config.output_dir).absolute():
+        raise ConfigError("start_from is output_dir itself; a run goes on from its own checkpoints without it")
     needs_path = data.mode == "shards" or data.eval_split is not None
     for name, text in (("output_dir", config.output_dir), ("data.path", data.path)):
         if not text and (needs_path or name != "data.path"):

@@ -159,6 +159,9 @@ class LogConfig:
 @dataclass(frozen=True)
 class Config:
     output_dir: str = _key("", "run folder (required); training resumes from its newest valid checkpoint")
+    start_from: str | None = _key(
+        None, "begin as a copy of another run: its folder (newest checkpoint) or one checkpoint"
+    )
     batch_size: int = _key(32, "global batch: samples of one optimizer step over all processes")
     micro_batch_size: int | None = _key(None, "most samples a process holds at once; null: its whole share")
     epochs: int = _key(100, "total epochs, pre-training included")

@@ -18,7 +18,7 @@ from oat_dist.data_parts import DataParts
 from oat_dist.distributed import World
 from oat_dist.engine import Engine
 
-__all__ = ["environment", "model_card", "run_facts", "run_identity"]
+__all__ = ["environment", "how_trained", "model_card", "run_facts", "run_identity"]
 
 
 def environment(world: World, **facts: Any) -> dict[str, Any]:
@@ -51,6 +51,12 @@ def run_facts(engine: Engine, data: DataParts, num_parameters: int) -> dict[str,
         "eval_samples": data.eval_set.num_samples if data.eval_set else 0,
         "parameters": num_parameters,
     }
+
+
+def how_trained(engine: Engine, start_from: str | None) -> dict[str, Any]:
+    """What metrics.jsonl says where a run begins or goes on; `start_from` is what it began as a copy of."""
+    how = {"engine": engine.name, "precision": engine.precision, "threads": engine.threads}
+    return how | {"world_size": engine.world.size} | ({"start_from": start_from} if start_from else {})
 
 
 def run_identity(data: DataParts, engine: Engine) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from oat_dist.fence import Fence
 from oat_dist.files import FolderBusyError, folder_lock, lock_holder, write_atomic
 from oat_dist.results import Evaluation
 
-__all__ = ["RunFolder", "flatten", "read_config"]
+__all__ = ["RunFolder", "differing", "flatten", "read_config"]
 
 # A start that takes over waits so many job.check_seconds for the older one, which looks once in each, to end.
 _TAKE_OVER_CHECKS = 30
@@ -31,6 +31,7 @@ _TAKE_OVER_CHECKS = 30
 # What may change when a run goes on; everything else would make it another run.
 _MAY_CHANGE = {
     "output_dir",
+    "start_from",  # only a run without checkpoints begins there
     "epochs",
     "max_steps",
     "resume",
@@ -146,18 +147,13 @@ class RunFolder:
                     f"{path}: is missing, but there are checkpoints; restore it or choose another output_dir"
                 )
             try:
-                before = _pixels(flatten(dataclasses.asdict(Config())) | flatten(yaml.safe_load(path.read_text())))
+                different = differing(yaml.safe_load(path.read_text()), config)
             except (yaml.YAMLError, AttributeError) as error:
                 raise CheckpointError(f"{path}: damaged; restore it or choose another output_dir") from error
-            now = _pixels(flatten(dataclasses.asdict(config)))
-            different = [
-                f"{key}={before.get(key)} became {now.get(key)}"
-                for key in sorted(now.keys() | before.keys())
-                if key not in _MAY_CHANGE and before.get(key) != now.get(key)
-            ]
             if different:
+                changes = "; ".join(f"{key}={before} became {now}" for key, (before, now) in different.items())
                 raise _refused(
-                    f"{self.path}: belongs to another configuration: {'; '.join(different)}; "
+                    f"{self.path}: belongs to another configuration: {changes}; "
                     "choose another output_dir, or set these back"
                 )
         write_atomic(path, to_yaml(config))
@@ -225,6 +221,14 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not {"path", "eval_split"} <= data.keys():
         raise OatError(f"{run / 'config.yaml'}: damaged, it has no section data; give --data and --split")
     return values
+
+
+def differing(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """What makes `config` another run than the resolved configuration `before`: both values, by dotted key."""
+    old = _pixels(flatten(dataclasses.asdict(Config())) | flatten(before))
+    now = _pixels(flatten(dataclasses.asdict(config)))
+    keys = sorted((now.keys() | old.keys()) - _MAY_CHANGE)
+    return {key: (old.get(key), now.get(key)) for key in keys if old.get(key) != now.get(key)}
 
 
 def _refused(text: str) -> CheckpointError:

@@ -81,6 +81,7 @@ def _trained(trainer: Trainer) -> list[str]:
         f"trained   {config.model.name}, {trainer.step:,} steps ({trainer.step / epoch:.3g} epochs) "
         f"on {trainer.world.size} process(es)",
         f"          {', '.join(parts)}; {'; '.join(lines)}",
+        *([f"          begun as a copy of {trainer.start_from}"] if trainer.start_from else []),
     ]
 
 

@@ -29,6 +29,7 @@ from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import loss_not_finite
 from oat_dist.metrics import AnchorMean, Meter
 from oat_dist.objectives import OAT, CrossEntropy, Objective
+from oat_dist.origin import find_origin
 from oat_dist.outcome import write_outcome
 from oat_dist.parts import (
     build_criterion,
@@ -41,7 +42,7 @@ from oat_dist.parts import (
 )
 from oat_dist.profiling import span
 from oat_dist.pulse import Pulse
-from oat_dist.run_facts import environment, model_card, run_facts, run_identity
+from oat_dist.run_facts import environment, how_trained, model_card, run_facts, run_identity
 from oat_dist.run_folder import RunFolder
 from oat_dist.run_log import RunLog
 from oat_dist.run_validation import EvaluationStoppedError, RunValidation
@@ -82,20 +83,23 @@ class Trainer:
 
         self.criterion = build_criterion(config, len(self.classes))
         self.objectives: tuple[Objective, Objective] = (CrossEntropy(), OAT(self.criterion))
-        # A run that goes on has its weights in its checkpoint; the file it started from may be gone.
-        resumes = self.world.gather_objects(has_checkpoints(self.folder.path))[0]
-        network, self.notes = build_network(config, len(self.classes), engine, initial_weights=not resumes)
+        # A run that goes on has its weights in a checkpoint; the file it started from may be gone.
+        begins = config.start_from is None and not self.world.gather_objects(has_checkpoints(self.folder.path))[0]
+        network, self.notes = build_network(config, len(self.classes), engine, initial_weights=begins)
         check_layout(config, self.data.loader, network)
         self.notes += self.data.notes + inexact(config, network, self.data.loader.layout)
         if config.model.compile:
             network.compile()
         self.num_parameters = sum(parameter.numel() for parameter in network.parameters())
         layout = self.data.loader.layout
+        half = max(layout.largest_part // 2, 1)
+        self.memory_remedy = f"try micro_batch_size={half} at the same batch_size={config.batch_size}"
         shape = BatchShape(layout.largest_part, len(layout.deal(config.batch_size)))
         self.replica = engine.prepare(network, optimizer_for(config, network), shape, config.optim.clip_norm)
         self.network = self.replica.network
 
         self.step = self.saved_step = 0
+        self.start_from: str | None = None  # the checkpoint of another run that this one began as a copy of
         self.bad: dict[int, str] = {}  # undecodable samples of all ranks, known at the end: id -> why
         self.meter = Meter(self.world, min(config.log.every_steps, self.steps_per_epoch))
         self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
@@ -132,37 +136,37 @@ class Trainer:
             self.pulse.fence = self.folder.fence
             size = self.config.data.image_size
             self.replica.warm_up(torch.zeros(2, 3, size, size, device=self.world.device))
-            largest = self.data.loader.layout.largest_part
-            remedy = f"try micro_batch_size={max(largest // 2, 1)} at the same batch_size={self.config.batch_size}"
             self._start()
-            with self.display.progress(self.log.pace, self.log.title), self.engine.memory(remedy):
+            with self.display.progress(self.log.pace, self.log.title), self.engine.memory(self.memory_remedy):
                 self._train()
             self._finish()
 
     def _start(self) -> None:
-        newest, damaged = self.store.newest()
-        notes = self.notes + self.folder.notes + [f"warning: passed over a checkpoint: {why}" for why in damaged]
+        origin = find_origin(self.config, self.store, self.steps_per_epoch, self.total_steps)
+        notes = self.notes + self.folder.notes + (origin.notes if origin else [])
         for note in notes:
             self.display.say(note)
-        if newest is not None:
-            facts = self.state.restore(newest, self.identity)
+        if origin is not None:
+            facts = origin.restore(self.state, self.identity)
             self.step = self.saved_step = facts["step"]
+            self.start_from = facts.get("start_from")
             self.validation.best, self.validation.due = facts["best"], facts.get("evaluation_due", False)
-            self.world.together(self.store.point, newest, self.validation.best.get("step"))
             self.log.evaluated(self.validation.best)
-            self.display.say(f"resumed from {newest.folder} at step {self.step:,} of {self.total_steps:,}")
+            if not origin.own:
+                self._save(best=False)  # the other run may go now
+            origin.settle(self.store, self.validation.best)
+            self.display.say(f"{origin} at step {self.step:,} of {self.total_steps:,}")
         self.folder.cut_torn_line()
         if self.step < self.total_steps or self.validation.due:
             facts = run_facts(self.engine, self.data, self.num_parameters)
             if self.step < self.total_steps:  # else there is nothing to train, and the file says who trained it
                 self.folder.write_json("environment.json", environment(self.world, **facts))
-            how = {name: facts[name] for name in ("engine", "precision", "threads")} | {"world_size": self.world.size}
-            self.log.started(self.step, newest is not None, how, notes)
-        if self.validation.due and newest is not None and self._validate():
-            self.world.together(self.store.point, newest, self.step)
+            resumed, how = bool(origin and origin.own), how_trained(self.engine, self.start_from)
+            self.log.started(self.step, resumed, how, notes)
+        if self.validation.due and origin is not None and self._validate():
+            self.world.together(self.store.point, origin.checkpoint, self.step)
 
     def _train(self) -> None:
-        self.saved_time = time.monotonic()
         windows = windows_on_device(self.data.loader.windows(self.step, self.total_steps), self.world.device)
         self.profiler.resume(self.step)
         self.meter.restart()
@@ -224,7 +228,7 @@ class Trainer:
             self._log(epoch)
             if finished is not None and self.trained_with.name == "oat":
                 self.log.anchor(self.step, self.anchor_mean.finished())
-            due = due or self._minutes_passed()
+            due = due or self.store.minutes_passed(config.checkpoint.every_minutes)
         improved, started = False, time.perf_counter()
         if self.data.eval_set and (ended or (finished is not None and _every(finished, config.eval.every_epochs))):
             self.validation.due = True
@@ -246,13 +250,6 @@ class Trainer:
         self.log.evaluated(self.validation.best, self.validation.evaluation)
         return improved
 
-    def _minutes_passed(self) -> bool:
-        minutes = self.config.checkpoint.every_minutes
-        if minutes == 0:
-            return False
-        passed = (time.monotonic() - self.saved_time) / 60 >= minutes and self.world.is_main
-        return not self.world.all_agree(not passed)  # rank 0's clock decides for all
-
     def _log(self, epoch: int) -> None:
         interval = self.meter.flush()
         phase = self.trained_with.name
@@ -271,7 +268,6 @@ class Trainer:
         self.data.keep_decoded()
         if self.config.data.on_bad == "skip":
             self.log.skipped(self.step, self.data.new_bad(self.bad, self.world))
-        self.saved_time = time.monotonic()
         self.pulse.restart()
 
     def _facts(self) -> dict[str, Any]:
@@ -282,6 +278,7 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "phase": self.trained_with.name,
             "split": self.config.data.eval_split,
+            "start_from": self.start_from,
             "best": self.validation.best,
             "evaluation_due": self.validation.due,
             **self.identity,

@@ -65,35 +65,38 @@ class TrainingState:
             "fingerprint": torch.tensor([fingerprint >> 32, fingerprint & 0xFFFFFFFF]),
         }
 
-    def restore(self, checkpoint: Checkpoint, identity: dict[str, Any]) -> dict[str, Any]:
+    def restore(
+        self, checkpoint: Checkpoint, identity: dict[str, Any], other: str = "choose another output_dir"
+    ) -> dict[str, Any]:
         """Load everything and return the facts it was saved with. Every rank must call it.
 
         Args:
             identity: facts that must be equal: digests of the data, precision.
+            other: what to do where they are to differ.
 
         Raises:
             CheckpointError: the checkpoint was trained on other data or in another precision.
         """
-        facts, weights, optimizer_state = self.world.together(self._read, checkpoint, identity)
+        facts, weights, optimizer_state = self.world.together(self._read, checkpoint, identity, other)
         self.replica.load(weights, optimizer_state)
         self.world.together(self._restore_own, checkpoint)
         return facts
 
     def _read(
-        self, checkpoint: Checkpoint, identity: dict[str, Any]
+        self, checkpoint: Checkpoint, identity: dict[str, Any], other: str
     ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         facts = checkpoint.json("state.json")
         if facts["precision"] != identity["precision"]:
             raise CheckpointError(
                 f"{checkpoint.folder}: was trained in precision {facts['precision']}, and now it is "
-                f"{identity['precision']}; launch it as before, or choose another output_dir"
+                f"{identity['precision']}; launch it as before, or {other}"
             )
-        for name in ("train_digest", "eval_digest"):
+        for name in identity.keys() & {"train_digest", "eval_digest"}:
             if facts[name] != identity[name]:
                 done = "trained" if name == "train_digest" else "evaluated"
                 raise CheckpointError(
                     f"{checkpoint.folder}: was {done} on other data; set data.path to the same packed data set, "
-                    "or choose another output_dir"
+                    f"or {other}"
                 )
         return facts, checkpoint.tensors("model.safetensors"), checkpoint.tensors("optimizer.safetensors")
 

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config_keys", "config_checks", "config", "validation", "calibration", "predict", "inference.*"),
     ("export.*",),
     ("data_parts", "parts", "run_folder", "trackers"),
-    ("run_validation", "run_log"),
+    ("run_validation", "run_log", "origin"),
     ("run_facts", "parallel_check.*"),
     ("trainer",),
     ("run_summary", "doctor.*"),

@@ -108,6 +108,35 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(runs: Path, undisturbed
     assert _last_fingerprint(runs / undisturbed) == _last_fingerprint(runs / resumed)
 
 
+def test_a_copy_of_a_run_is_the_run_that_never_stopped(runs: Path) -> None:
+    for name, start, interrupted in (
+        ("copy-inside", 2 * STEPS_PER_EPOCH, 0),
+        ("copy-at-switch", STEPS_PER_EPOCH, 8),  # losses of the line that it was interrupted in are averages since then
+    ):
+        assert final_files(runs / name) == final_files(runs / "whole")
+        expected = [line for line in records(runs / "whole") if line["step"] > start + interrupted]
+        assert [line for line in records(runs / name) if line in expected] == expected
+        first = json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert (first["event"], first["step"]) == ("start", start) and first["start_from"].endswith(f"step-{start}")
+        newest = json.loads((runs / name / "checkpoints" / "step-90" / "state.json").read_text())
+        assert newest["start_from"] == first["start_from"]
+        assert newest["best"] == json.loads((runs / "whole/checkpoints/step-90/state.json").read_text())["best"]
+    assert (
+        final_files(runs / "copy-otherwise")["model.safetensors"] != final_files(runs / "switch")["model.safetensors"]
+    )
+    copied, own = (weights(runs / name, STEPS_PER_EPOCH) for name in ("copy-otherwise", "switch"))
+    assert all(torch.equal(copied[key], own[key]) for key in own)
+
+
+def test_a_copy_that_would_not_go_on_is_refused_on_all_ranks(campaigns: dict[int, tuple[Path, Any]]) -> None:
+    for _, ranks in campaigns.values():
+        for found in ranks:
+            assert "seed=0 there, 1 here; set it as there, or give another start_from" in found["other order"]
+            assert "is at step 90, beyond the cross-entropy epochs, and anchor.grad=None there" in found["beyond"]
+            assert "step-300: no such folder; train that run first" in found["nothing there"]
+            assert found["uncopied"] == []
+
+
 def test_remote_shards_train_the_network_of_local_ones(runs: Path) -> None:
     assert final_files(runs / "ten-remote") == final_files(runs / "ten-global")
     assert final_files(runs / "ten-windows") != final_files(runs / "ten-global")  # another order

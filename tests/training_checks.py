@@ -131,6 +131,27 @@ def campaign(root_text: str, data: str, url: str) -> dict[str, Any]:
     # the last batch of an epoch has one sample: all ranks but one are idle in it
     fit(engine, root, data, "one-left", "batch_size=1437", "epochs=2", "pretrain_epochs=0")
     found["switch"] = switch(engine, root, data)
+    # copies of other runs: inside OAT, at the switch to it, and (the control) one that goes on otherwise from there
+    fit(
+        engine,
+        root,
+        data,
+        "copy-inside",
+        f"start_from={root / 'whole' / 'checkpoints' / f'step-{2 * STEPS_PER_EPOCH}'}",
+    )
+    at_switch = f"start_from={root / 'switch' / 'checkpoints' / f'step-{STEPS_PER_EPOCH}'}"
+    fit_in_two(engine, root, data, "copy-at-switch", STEPS_PER_EPOCH + 5, at_switch)
+    fit(engine, root, data, "copy-otherwise", at_switch, "anchor.grad=false", f"max_steps={STEPS_PER_EPOCH + 1}")
+    for name, override in (
+        ("other order", "seed=1"),
+        ("beyond", "anchor.grad=false"),
+        ("nothing there", at_switch + "0"),
+    ):
+        try:
+            fit(engine, root, data, "uncopied", f"start_from={root / 'whole'}", override)
+        except OatError as error:
+            found[name] = str(error)
+    found["uncopied"] = sorted(path.name for path in (root / "uncopied" / "checkpoints").glob("step-*"))
     counts.clear()
     trainer = fit(
         engine,

@@ -16,7 +16,7 @@ from oat_dist.report.data import Run, flatten, lookup
 __all__ = ["Group", "Spread", "differing", "find_groups", "spread"]
 
 # Of another start, place or log of the same run.
-_NO_MATTER = ("seed", "output_dir", "resume", "dry_run")
+_NO_MATTER = ("seed", "output_dir", "start_from", "resume", "dry_run")
 _NO_MATTER_SECTIONS = ("job.", "log.")
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, the normal one is within 2 %.

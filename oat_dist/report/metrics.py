@@ -77,7 +77,7 @@ class Event:
     """Start, resume, phase change, warning, stop or end of the run.
 
     `time` is UTC text, empty where the line has none, `moment` the same as seconds since 1970. `text` is what a warning
-    says.
+    says, `start_from` of which checkpoint of another run this one is a copy.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Event:
     time: str
     moment: float | None = None
     text: str = ""
+    start_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ def _add(metrics: Metrics, line: Any, fingerprints: dict[int, str]) -> None:
     """Sort one parsed line into `metrics`; KeyError, TypeError or ValueError when it is none of ours."""
     if "event" in line:
         step = None if line.get("step") is None else _count(line["step"])
-        time, text = line.get("time"), line.get("text", "")
-        event = Event(_text(line["event"]), step, utc_text(time), _moment(time), _text(text))
+        time, texts = line.get("time"), [_text(line.get(key, "")) for key in ("text", "start_from")]
+        event = Event(_text(line["event"]), step, utc_text(time), _moment(time), *texts)
         if event.name in ("start", "resume") and step is not None:
             metrics.training = [row for row in metrics.training if row.step <= step]
             metrics.validation = [row for row in metrics.validation if row.step <= step]

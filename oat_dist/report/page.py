@@ -83,6 +83,7 @@ def _header(run: Run) -> Html:
         "Started": next((e.time for e in metrics.events if e.name == "start" and e.time), "")
         or utc_text(environment.get("started"))
         or None,
+        "Begun as a copy of": next((e.start_from for e in metrics.events if e.start_from), None),
     }
     return tag("header", join([tag("h1", run.name), tag("p", status, class_="status"), _stats(run), facts(summary)]))
 
