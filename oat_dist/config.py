@@ -6,8 +6,10 @@ the remedy (`oat_dist.config_checks`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     values = read_yaml(path, "config")
-    merged = _merge(OmegaConf.structured(Config), values, str(path))
+    merged = _merge(copy.deepcopy(_defaults()), values, str(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -52,10 +54,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+@functools.cache
+def _defaults() -> Any:
+    """Read from the dataclasses once: it takes longer than all the rest, and a table has hundreds of configurations."""
+    return OmegaConf.structured(Config)
+
+
 def _merge(base: Any, values: dict[Any, Any], where: str) -> Any:
     _check_keys(values, Config, "", where)
     try:
-        return OmegaConf.merge(base, OmegaConf.create(_literal(values)))
+        return OmegaConf.unsafe_merge(base, _literal(values))  # the base is a copy already
     except OmegaConfBaseException as error:
         text = re.sub(" of type '[a-zA-Z]+'", "", str(error).split("\n")[0].strip()).replace("'None'", "null")
         raise ConfigError(f"{where}: {getattr(error, 'full_key', None) or 'value'}: {text}") from error

@@ -55,29 +55,29 @@ def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
     table = plan.table
     base = table.arms[table.baseline].title
     what = "balanced accuracy" if table.measure == "balanced" else "accuracy"
-    head = ["", "Epoch", "Protocol", "Seeds#", f"Ours, {what} %#", "95 % interval#", "Paper %#", "Ours - paper#"]
-    head += [f"Minus {base}#", "95 % interval, paired#", "So it is"]
+    head = ["", "Epoch", "Protocol", "Seeds#", f"Ours, {what} %#", "95 % interval#"]
+    head += [f"Minus {base}#", "95 % interval, paired#", "Shown?#"]
+    of_paper = any(cell.paper is not None for cell in table.cells.values())
+    head += ["Paper %#", "Ours - paper#"] if of_paper else []
     lines = []
     for row in rows:
         score, epoch = row.score, "last" if row.checkpoint == "final" else f"best on {table.select}"
-        name, seeds = _name(plan, row.cell, row.arm), len(plan.seeds) - len(row.missing)
-        count = f"{seeds} of {len(plan.seeds)}" if row.missing else str(seeds)
-        paper = "" if row.paper is None else f"{row.paper:.3f}"
+        seeds = len(plan.seeds) - len(row.missing)
+        line = [_name(plan, row.cell, row.arm), epoch, row.protocol]
+        line.append(f"{seeds} of {len(plan.seeds)}" if row.missing else str(seeds))
         if score is None:
-            why = f"diverged: seed {_listed(row.diverged)}" if row.diverged else "not trained yet"
-            lines.append([name, epoch, row.protocol, count, why, "", paper, *[""] * 4])
-            continue
-        to_paper = "" if row.to_paper is None else f"{row.to_paper:+.2f}"
-        lines.append(
-            [
-                *(name, epoch, row.protocol, count, number(score.mean), interval(score.mean), paper, to_paper),
-                *(number(score.difference, signed=True), interval(score.difference, signed=True)),
-                verdict(score.difference),
-            ]
-        )
+            line += [f"diverged: seed {_listed(row.diverged)}" if row.diverged else "not trained yet", *[""] * 4]
+        else:
+            line += [number(score.mean), interval(score.mean), number(score.difference, signed=True)]
+            line += [interval(score.difference, signed=True), verdict(score.difference)]
+        if of_paper:
+            line.append("" if row.paper is None else f"{row.paper:.3f}")
+            line.append("" if row.to_paper is None else f"{row.to_paper:+.2f}")
+        lines.append(line)
     notes = [
         f"On {table.test}. Intervals are Student's t over seeds (95 %); those of a difference are paired: same seed, "
-        "same initial weights, same order of samples. They cover the seeds, not the choice of test images."
+        "same initial weights, same order of samples. They cover the seeds, not the choice of test images. A "
+        "difference is shown where its interval does not hold zero."
     ]
     compared = sum(row.score is not None and row.score.difference is not None for row in rows)
     if compared > 1:
@@ -166,7 +166,8 @@ def _notes(plan: Plan, options: Options, results: Results, rows: Sequence[Row]) 
 def _data(raw: dict[str, object]) -> str:
     data = raw["data"]
     assert isinstance(data, dict)
-    parts = [f"{name} {one.get('samples')} ({str(one.get('digest'))[:12]})" for name, one in data.items()]
+    splits = {name: one for name, one in data.items() if name != "select" or raw["select"] is not None}
+    parts = [f"{name} {one.get('samples')} ({str(one.get('digest'))[:12]})" for name, one in splits.items()]
     return f"Images from {data['test'].get('source')}, samples and digests of the manifests: {', '.join(parts)}"
 
 

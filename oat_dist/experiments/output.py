@@ -64,7 +64,9 @@ def html_text(
 ) -> str:
     """The table as one page; `figures` are title, drawing, entries of the key, caption."""
     drawn = [
-        figure(title, join([svg, key([(numbered_look(number), name) for number, name in entries])]), caption)
+        figure(
+            title, join([svg, key([(numbered_look(number), name) for number, name in entries])]), caption, class_="half"
+        )
         for title, svg, entries, caption in figures
     ]
     sections = [

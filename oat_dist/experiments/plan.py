@@ -149,12 +149,11 @@ def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tu
     if table.arms[arm].phases == "pretrain":
         before = epochs
     split = table.select or table.test
-    given += [f"epochs={epochs}", f"pretrain_epochs={before}", f"data.eval_split={split}"]
     name = Path(config.data.path.rstrip("/")).name
-    place = options.data.get(name, options.data.get(""))
-    if place is not None:
-        given.append(f"data.path={place}")
-    return tuple(given), load_config(path, [*given, "output_dir=."])
+    place = options.data.get(name, options.data.get("", config.data.path))
+    given += [f"epochs={epochs}", f"pretrain_epochs={before}", f"data.eval_split={split}", f"data.path={place}"]
+    data = dataclasses.replace(config.data, eval_split=split, path=place)
+    return tuple(given), dataclasses.replace(config, epochs=epochs, pretrain_epochs=before, data=data)
 
 
 def scaled(epochs: int, before: int, scale: float) -> tuple[int, int]:

@@ -80,7 +80,6 @@ class Pool:
     Args:
         judge: is called with each trained run, in this process; may raise OatError.
         diverged: is called with a run whose training ended in numbers that are not finite, and what it said.
-        start: how a process is started.
 
     Attributes:
         problems: why which run has failed, by folder; of one that has diverged, that word.
@@ -91,7 +90,6 @@ class Pool:
     progress: Progress
     judge: Callable[[PlannedRun, int | None], None]
     diverged: Callable[[PlannedRun, str], None]
-    start: Callable[[Sequence[str], dict[str, str], Path], Child] = start_process
     problems: dict[Path, str] = field(default_factory=dict)
 
     def train(self, runs: Sequence[PlannedRun]) -> None:
@@ -155,7 +153,7 @@ class Pool:
             file.write(json.dumps({"jobs": self.machine.jobs, "command": shlex.join(command)}) + "\n")
         before = log.stat().st_size if log.exists() else 0
         self.progress.began(run)
-        child = self.start(
+        child = start_process(
             [*command, f"job.outcome_file={run.folder / 'outcome'}"], self.machine.environment(slot), log
         )
         return run, child, before

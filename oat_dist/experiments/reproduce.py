@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from oat_dist.data_parts import open_location
 from oat_dist.errors import DataError, OatError
@@ -14,7 +13,7 @@ from oat_dist.experiments.content import content_of
 from oat_dist.experiments.curves import cell_figures, lines_of
 from oat_dist.experiments.judge import Judge, read_result, write_diverged
 from oat_dist.experiments.plan import Options, Plan, PlannedRun
-from oat_dist.experiments.pool import Child, Machine, Pool, start_process, training_command
+from oat_dist.experiments.pool import Machine, Pool, training_command
 from oat_dist.experiments.progress import Progress
 from oat_dist.experiments.run_state import trained_state
 from oat_dist.experiments.summary import collect, rows_of, shown, times_of
@@ -32,7 +31,6 @@ class Request:
     Attributes:
         cells, arms: those asked for; arms None: those that each cell compares.
         command: how it was asked for, as the table says it.
-        start: how a training is started.
     """
 
     plan: Plan
@@ -41,7 +39,6 @@ class Request:
     arms: Sequence[str] | None
     machine: Machine
     command: str
-    start: Callable[[Sequence[str], dict[str, str], Path], Child] = start_process
 
     def runs(self) -> list[PlannedRun]:
         return self.plan.chosen(self.cells, self.arms)
@@ -92,7 +89,7 @@ def reproduce(request: Request, requests: StopRequests) -> dict[str, str]:
         def diverged(run: PlannedRun, why: str) -> None:
             write_diverged(run, plan.table, why)
 
-        pool = Pool(request.machine, requests, progress, judged, diverged, request.start)
+        pool = Pool(request.machine, requests, progress, judged, diverged)
         try:
             with progress.shown():
                 pool.train(left)

@@ -50,4 +50,4 @@ def verdict(difference: Mean | None) -> str:
         return f"shown better by {low:.2f} to {high:.2f}"
     if high < 0:
         return f"shown worse by {-high:.2f} to {-low:.2f}"
-    return "not shown: the interval holds zero"
+    return "not shown"

@@ -135,7 +135,7 @@ def _row(plan: Plan, results: Results, cell: str, arm: str, checkpoint: str) -> 
             if name == protocol:  # each under its own
                 against = base_own
             scores[name] = _score(judged, name, base_judged if arm != table.baseline else {}, against, table.measure)
-    return Row(cell, arm, checkpoint, protocol, scores, missing, diverged, table.cells[cell].paper.get(arm))
+    return Row(cell, arm, checkpoint, protocol, scores, missing, diverged, (table.cells[cell].paper or {}).get(arm))
 
 
 def _score(

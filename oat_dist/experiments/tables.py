@@ -56,7 +56,7 @@ class Cell:
         config: None: the table's.
         set: overrides, ``key=value``, before those of the arm.
         arms: those compared here unless others are asked for; None: all but controls.
-        paper: the paper's percentages by arm.
+        paper: the paper's percentages by arm; None: the paper has no such cell.
         paper_epoch_seconds, paper_test_seconds: the paper's times by arm.
     """
 
@@ -64,7 +64,7 @@ class Cell:
     config: str | None = None
     set: list[str] = field(default_factory=list)
     arms: list[str] | None = None
-    paper: dict[str, float] = field(default_factory=dict)
+    paper: dict[str, float] | None = None
     paper_epoch_seconds: dict[str, float] = field(default_factory=dict)
     paper_test_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -164,10 +164,14 @@ def read_table(path: Path) -> Table:
             raise ConfigError(f"{path}: cell {name} has no config, and neither has the table")
         named[f"cells.{name}.arms"] = cell.arms or []
         for key in ("paper", "paper_epoch_seconds", "paper_test_seconds"):
-            named[f"cells.{name}.{key}"] = list(getattr(cell, key))
+            named[f"cells.{name}.{key}"] = list(getattr(cell, key) or ())
     for where, arms in named.items():
         for arm_name in arms:
             _one_of(f"{path}: {where}", arm_name, list(table.arms))
+    if table.select == table.test:
+        raise ConfigError(
+            f"{path}: select={table.select} would choose the best epoch on the very split it is judged on"
+        )
     if table.seeds < 1:
         raise ConfigError(f"{path}: seeds must be at least 1, not {table.seeds}")
     return table
