@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from oat_dist.report.drawing import ACCURACY_PART, WIDTH, drawing, numbered_look
 from oat_dist.report.html import Html
 from oat_dist.report.metrics import METRICS_NAME, Validation, read_metrics
 
-__all__ = ["Line", "cell_figures", "lines_of"]
+__all__ = ["Line", "figure_files", "lines_of", "page_figure"]
 
 _PNG_DPI = 150
 _FEW = 20  # points of a line up to which it has dots
@@ -99,12 +99,17 @@ def _pieces(run: PlannedRun, protocol: str | None) -> dict[str, tuple[list[int],
     return found
 
 
-def cell_figures(lines: Sequence[Line], split: str, name: str) -> Mapping[str, bytes | Html]:
-    """The figure as ``svg`` and ``png`` files, and as ``page`` for within one."""
-    found: dict[str, bytes | Html] = {}
+def page_figure(lines: Sequence[Line], split: str, name: str) -> Html:
+    """The figure for within a page."""
     with drawing(name):
-        figure = _draw(lines, split, Figure(figsize=(WIDTH, 3.6)))
-        found["page"] = to_svg(figure, name, f"Line chart: accuracy on {split} over epochs")
+        return to_svg(
+            _draw(lines, split, Figure(figsize=(WIDTH, 3.6))), name, f"Line chart: accuracy on {split} over epochs"
+        )
+
+
+def figure_files(lines: Sequence[Line], split: str, name: str) -> dict[str, bytes]:
+    """The figure as files: their contents by ``svg`` and ``png``."""
+    found: dict[str, bytes] = {}
     with drawing(name):
         figure = _draw(lines, split, Figure(figsize=(1.5 * WIDTH, 4.2), layout="constrained", facecolor="white"))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)

@@ -25,6 +25,7 @@ __all__ = ["Options", "Plan", "PlannedRun", "folder_name", "make_plan", "scaled"
 # What a run is trained with whatever it is called and wherever it and its data lie.
 _PLACES = ("output_dir", "start_from", "data.path", "data.cache_dir", "data.workers", "data.prefetch", "engine.threads")
 _PLACE_SECTIONS = ("job.", "log.", "checkpoint.")
+_OURS = ("seed", "output_dir", "start_from", "data.eval_split", "job.outcome_file", "dry_run", "resume")
 # What cross-entropy epochs do not know of. Not anchor.span: it decides who gets which samples of a batch.
 _LATER = (
     *("anchor.center", "anchor.scope", "anchor.group_size", "anchor.grad", "anchor.floor", "anchor.momentum"),
@@ -143,6 +144,9 @@ def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tu
     """The overrides of an arm in a cell, but for seed and place, and what comes of them."""
     path = table.config_of(cell)
     own = table.arms[arm].set
+    for text in (*table.set, *table.cells[cell].set, *own, *options.set):
+        if text.partition("=")[0] in _OURS:
+            raise ConfigError(f"{text}: is not to be set here; it follows from table, seed and folder of a run")
     given = [*options.defaults, *table.set, *table.cells[cell].set, *own, *options.set]
     config = load_config(path, [*given, "output_dir=."])
     epochs, before = scaled(config.epochs, config.pretrain_epochs, options.scale)

@@ -10,7 +10,7 @@ from oat_dist.data_parts import open_location
 from oat_dist.errors import DataError, OatError
 from oat_dist.experiments import output
 from oat_dist.experiments.content import content_of
-from oat_dist.experiments.curves import cell_figures, lines_of
+from oat_dist.experiments.curves import Line, figure_files, lines_of, page_figure
 from oat_dist.experiments.judge import Judge, read_result, write_diverged
 from oat_dist.experiments.plan import Options, Plan, PlannedRun
 from oat_dist.experiments.pool import Machine, Pool, training_command
@@ -126,33 +126,36 @@ def _write(request: Request) -> None:
     pairs = shown(plan, results, request.cells, request.arms)
     rows, times = rows_of(plan, results, pairs), times_of(plan, results, pairs)
     content = content_of(plan, request.options, results, rows, times, request.command)
+    changed = output.write_changed(plan.folder / "table.json", output.json_text(plan, content, rows, times, results))
     drawn, files = [], {}
     for cell in plan.table.cells:
         lines = lines_of(plan, cell, [arm for where, arm in pairs if where == cell])
         if not lines:
             continue
-        split = plan.table.select or plan.table.test
-        figure = cell_figures(lines, split, f"accuracy-{cell}")
-        title, page = plan.table.cells[cell].title, figure["page"]
-        assert isinstance(page, Html)
-        windows = f"smoothed over {max(line.window for line in lines)} epochs" if lines[0].window > 1 else "as measured"
-        seeds = max(len(line.seeds) for line in lines)
-        caption = f"Accuracy on {split}, {windows}; light: raw. " * (windows != "as measured")
-        caption = caption or f"Accuracy on {split}, as measured. "
-        caption += f"Means of {seeds} seeds; band: lowest to highest seed." if seeds > 1 else "One seed."
-        drawn.append((title, page, [(line.number, line.label) for line in lines], caption))
-        for kind in ("svg", "png"):
-            data = figure[kind]
-            assert isinstance(data, bytes)
-            output.write_changed(plan.folder / f"accuracy-{cell}.{kind}", data)
-        files[title] = f"accuracy-{cell}.svg"
+        split, name = plan.table.select or plan.table.test, f"accuracy-{cell}"
+        title = plan.table.cells[cell].title
+        drawn.append(
+            (title, page_figure(lines, split, name), [(one.number, one.label) for one in lines], _caption(lines, split))
+        )
+        paths = {kind: plan.folder / f"{name}.{kind}" for kind in ("svg", "png")}
+        if changed or not all(path.exists() for path in paths.values()):
+            for kind, data in figure_files(lines, split, name).items():
+                output.write_changed(paths[kind], data)
+        files[title] = paths["svg"].name
+    links = _galleries(request, changed)
     output.write_changed(plan.folder / "table.md", output.markdown_text(content, files))
     output.write_changed(plan.folder / "table.csv", output.csv_text(plan, rows))
-    output.write_changed(plan.folder / "table.json", output.json_text(plan, content, rows, times, results))
-    output.write_changed(plan.folder / "table.html", output.html_text(content, drawn, _galleries(request)))
+    output.write_changed(plan.folder / "table.html", output.html_text(content, drawn, links))
 
 
-def _galleries(request: Request) -> Html:
+def _caption(lines: Sequence[Line], split: str) -> str:
+    window, seeds = max(line.window for line in lines), max(len(line.seeds) for line in lines)
+    smoothed = f"smoothed over {window} epochs; light: raw" if window > 1 else "as measured"
+    several = f"Means of {seeds} seeds; band: lowest to highest seed." if seeds > 1 else "One seed."
+    return f"Accuracy on {split}, {smoothed}. {several}"
+
+
+def _galleries(request: Request, changed: bool) -> Html:
     """Of each cell asked for, the first seed's images that the arm has right and the baseline wrong, as a report."""
     plan, arm = request.plan, request.plan.table.gallery
     links = []
@@ -164,8 +167,9 @@ def _galleries(request: Request) -> Html:
         run, base = (one for one in runs if one is not None)
         path, temporary = plan.folder / f"images-{cell}.html", plan.folder / f".images-{cell}.html"
         try:
-            write_report(run.folder, against=base.folder, output=temporary)
-            output.write_changed(path, temporary.read_bytes())
+            if changed or not path.exists():
+                write_report(run.folder, against=base.folder, output=temporary)
+                output.write_changed(path, temporary.read_bytes())
         except (OatError, OSError) as error:  # the table is whole all the same
             links.append(tag("li", f"{plan.table.cells[cell].title}: not drawn ({error})"))
             continue

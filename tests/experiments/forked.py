@@ -1,4 +1,4 @@
-"""Trainings forked from a process that has imported the trainer already: real ones, without the seconds of an import."""
+"""Trainings forked from a process that has imported the trainer: real ones, but for the seconds of an import."""
 
 from __future__ import annotations
 
