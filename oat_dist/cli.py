@@ -24,6 +24,7 @@ _COMMANDS = {
     "verify-parallel": ("oat_dist.commands.verify_parallel", "check that N ranks train exactly as one process does"),
     "doctor": ("oat_dist.commands.doctor", "check an allocation before you trust it (start it as the training)"),
     "report": ("oat_dist.commands.report", "write the report of a run"),
+    "reproduce": ("oat_dist.commands.reproduce", "run a table of experiments, over seeds, with intervals"),
 }
 
 _EXAMPLES = """\

@@ -6,8 +6,10 @@ the remedy (`oat_dist.config_checks`).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -21,35 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from oat_dist.config_checks import check
 from oat_dist.config_keys import Config
 from oat_dist.errors import ConfigError
+from oat_dist.strict_yaml import parse_yaml, read_yaml
 
 __all__ = ["Config", "describe_keys", "load_config", "to_yaml"]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without surprises: scalars stay text until their key's type reads them, so that ``no``, ``1e-3`` or a date
-    mean what they say; only null (and ``<<``) is special. A key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -59,23 +35,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: file missing or not YAML, unknown key (the nearest one is named), wrong type, impossible value.
     """
     path = Path(path)
-    try:
-        values = _parse(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values")
-    merged = _merge(OmegaConf.structured(Config), values, str(path))
+    values = read_yaml(path, "config")
+    merged = _merge(copy.deepcopy(_defaults()), values, str(path))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"{override!r}: an override has the form key=value, such as batch_size=64")
         try:
-            value = _parse(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             value = text
         nested: Any = value
@@ -87,10 +54,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+@functools.cache
+def _defaults() -> Any:
+    """Read from the dataclasses once: it takes longer than all the rest, and a table has hundreds of configurations."""
+    return OmegaConf.structured(Config)
+
+
 def _merge(base: Any, values: dict[Any, Any], where: str) -> Any:
     _check_keys(values, Config, "", where)
     try:
-        return OmegaConf.merge(base, OmegaConf.create(_literal(values)))
+        return OmegaConf.unsafe_merge(base, _literal(values))  # the base is a copy already
     except OmegaConfBaseException as error:
         text = re.sub(" of type '[a-zA-Z]+'", "", str(error).split("\n")[0].strip()).replace("'None'", "null")
         raise ConfigError(f"{where}: {getattr(error, 'full_key', None) or 'value'}: {text}") from error

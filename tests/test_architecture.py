@@ -21,7 +21,7 @@ SCRIPTS = ("launch", "shards")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("oat_dist", "errors", "batch", "anchor", "measures", "pace"),
     (
-        *("files", "distributed", "fence", "outcome", "stopping", "watchdog", "profiling"),
+        *("files", "strict_yaml", "distributed", "fence", "outcome", "stopping", "watchdog", "profiling"),
         *("optim", "optimizer_state", "ema", "randomness", "fp32", "models.*", "portable", "hub"),
     ),
     ("data.*", "report.*"),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run_facts", "parallel_check.*"),
     ("trainer",),
     ("run_summary", "doctor.*"),
-    ("train", "commands.*"),
+    ("train", "commands.*", "experiments.*"),
     ("cli",),
     ("launch.*", "shards.*"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -69,6 +70,18 @@ class Desk:
         )
         self.submitted.append(job)
         return job
+
+    def command(self, *arguments: str) -> str:
+        """What an `oat-dist` command says that submits jobs by itself."""
+        done = subprocess.run(
+            [sys.executable, "-m", "oat_dist.cli", *arguments],
+            cwd=TOP,
+            env={**self.cluster.environment, "OAT_SITE": str(self.site), "OAT_JOBS": str(self.folder / "jobs")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def say(self, line: str) -> None:
         """One more line in the site file, which every attempt reads."""

@@ -19,6 +19,9 @@ from PIL import Image
 from ranks import run_ranks
 
 from oat_dist.data.index import ShardSet
+from oat_dist.experiments.plan import Options, make_plan
+from oat_dist.experiments.run_state import trained_state
+from oat_dist.experiments.tables import read_table
 
 SCOPES = ("device", "global")
 
@@ -189,6 +192,29 @@ def images_are_packed(desk: Desk) -> None:
     assert json.loads((desk.folder / "packed" / "train" / "manifest.json").read_text())["num_samples"] == 2
 
 
+def the_runs_of_a_table_are_submitted(desk: Desk) -> None:
+    """What the arms share first, and they once it is trained; then there is nothing left to train."""
+    table = desk.folder / "tiny.yaml"
+    table.write_text(
+        "title: Tiny\nconfig: configs/quickstart.yaml\nset: [epochs=2, pretrain_epochs=1, job.check_seconds=0.2]\n"
+        "arms: {base: {title: base, phases: pretrain}, oat: {title: OAT}}\nbaseline: base\n"
+        "cells: {digits: {title: 'of numbers'}}\n"
+    )
+    options = f"--output={desk.folder}/%x-%A_%a.log --cpus-per-task=1 --nodelist={desk.nodes[0]}"
+    done = desk.command(
+        *("reproduce", str(table), "--arms", "oat", "--seeds", "1", "--slurm", f"--slurm-options={options}"),
+        *("--data", str(desk.data), "--output", str(desk.folder / "results")),
+    )
+    first, second = re.findall(r"^submitted job (\d+): 1 run", done, re.M)
+    desk.submitted += [first, second]
+    for job in (first, second):
+        assert desk.cluster.wait_state(f"{job}_1", "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+    sharing = Options(seeds=1, data={"": str(desk.data)})
+    plan = make_plan(read_table(table), desk.folder / "results" / "tiny", sharing)
+    assert all(trained_state(run) is not None for run in plan.chosen(["digits"], ["oat"]))
+    assert json.loads((plan.folder / "digits/oat/0/metrics.jsonl").read_text().splitlines()[0])["start_from"]
+
+
 def a_script_without_arguments_says_what_it_wants(desk: Desk) -> None:
     for script, wanted in (("train", "CONFIG"), ("sweep", "FILE CONFIG"), ("evaluate", "RUN"), ("pack", "SOURCE")):
         job = desk.submit(script, nodes=1)
@@ -207,6 +233,7 @@ SCENARIOS: dict[Scenario, tuple[int, int]] = {
     what_cannot_work_is_tried_once: (3, 2),
     the_doctor_finds_nothing_wrong: (3, 2),
     images_are_packed: (3, 2),
+    the_runs_of_a_table_are_submitted: (3, 2),
     a_script_without_arguments_says_what_it_wants: (3, 2),
 }
 
