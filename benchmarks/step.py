@@ -104,9 +104,15 @@ def steps(repeats: int) -> None:
         )
         engine = start_engine(threads=1)
         for phase, pretrain in (("cross-entropy", 100), ("OAT", 0)):
-            trainer = Trainer(load_config(config, [f"pretrain_epochs={pretrain}"]), engine)
+            settings = [f"pretrain_epochs={pretrain}"]
+            trainer = Trainer(load_config(config, settings), engine)
+            with_ema = Trainer(load_config(config, [*settings, "optim.ema=0.999"]), engine)
             window = next(trainer.data.loader.windows(0, 1))
-            sides = {"bare PyTorch loop": _bare(window, trainer, phase), f"Trainer, {phase}": _ours(window, trainer)}
+            sides = {
+                "bare PyTorch loop": _bare(window, trainer, phase),
+                f"Trainer, {phase}": _ours(window, trainer),
+                f"Trainer, {phase}, optim.ema": _ours(window, with_ema),
+            }
             show(
                 f"step, {phase}, lightweight net, batch 32, without the loader (bare = 1)", ratios(sides, 200, repeats)
             )

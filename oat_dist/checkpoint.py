@@ -1,7 +1,8 @@
 """Checkpoints that are either absent or complete, in safetensors and JSON only.
 
 ``checkpoints/step-<n>/`` holds
-    model.safetensors         the network's state dict, nothing else
+    model.safetensors         the network's state dict, nothing else; with optim.ema the average
+    raw.safetensors           with optim.ema: the weights that training goes on with
     model.json                what it is: architecture, classes, preprocessing, anchor settings
     anchor.safetensors        the stored anchor, once there is one
     optimizer.safetensors     ``<state>/<parameter>``, e.g. ``momentum_buffer/features.0.weight``

@@ -103,6 +103,8 @@ def check(config: Config) -> None:
     ):
         if not 0 <= number < 1:
             raise ConfigError(f"{name} must lie in 0 <= {name} < 1, not {number}")
+    if optim.ema is not None and not 0 < optim.ema < 1:
+        raise ConfigError(f"optim.ema must lie in 0 < optim.ema < 1, not {optim.ema}; null: no average")
     if config.pretrain_epochs > config.epochs:
         raise ConfigError(
             f"pretrain_epochs={config.pretrain_epochs} exceeds epochs={config.epochs}, which counts both phases; "

@@ -96,6 +96,9 @@ class OptimConfig:
     step_gamma: float = _key(0.1, "factor of schedule step")
     final_lr: float = _key(0.0, "schedule cosine ends here")
     clip_norm: float | None = _key(None, "clip the global gradient norm to this")
+    ema: float | None = _key(
+        None, "decay, such as 0.999, of a moving average of the weights: evaluated, saved as model"
+    )
     head_lr_scale: float = _key(1.0, "the last layer learns at this many times the learning rate")
 
 

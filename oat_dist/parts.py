@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from oat_dist.config_keys import Config, ModelConfig
+from oat_dist.config_keys import Config
 from oat_dist.data.loader import TrainLoader
 from oat_dist.data.plan import Layout, keyed_hash_int
 from oat_dist.data.stream import StreamLoader
@@ -82,7 +82,7 @@ def build_network(
         OatError: on every rank, when the network cannot be what the configuration says.
     """
     world = engine.world
-    world.together(_check_options, config.model, engine)  # a compiler may be missing on one machine only
+    world.together(_check_options, config, engine)  # a compiler may be missing on one machine only
     weights = None
     if config.model.weights is not None and initial_weights:
         # One process of each machine fills the cache of downloads; the others then find it.
@@ -95,12 +95,15 @@ def build_network(
     return network, notes
 
 
-def _check_options(model: ModelConfig, engine: Engine) -> None:
+def _check_options(config: Config, engine: Engine) -> None:
     """Refuse what an engine would ignore.
 
     Raises:
         ConfigError: naming both.
     """
+    model = config.model
+    if config.optim.ema is not None and engine.plan.stage == 3:
+        raise ConfigError("optim.ema works with ddp, zero1 and zero2; under zero3 no rank has whole weights to average")
     if model.channels_last and engine.plan.stage:
         raise ConfigError(
             f"model.channels_last works with engine.name=ddp; {engine.name} lays the weights out by itself"

@@ -147,6 +147,7 @@ class OATClassifier:
             "run": checkpoint.folder.absolute().parent.parent.name,
             "checkpoint": checkpoint.folder.name,
             "weights_sha256": weights,
+            **({"ema": card["ema"]} if "ema" in card else {}),
         }
         return cls(
             network, card, anchor_C, device or _default_device(), prior=prior, temperature=temperature, source=source

@@ -81,4 +81,5 @@ def model_card(config: Config, classes: list[str], objective: str) -> dict[str, 
         "objective": objective,
         "center": config.anchor.center,
         "floor": default_floor(config.anchor.center, len(classes), config.anchor.floor),
+        **({} if config.optim.ema is None else {"ema": config.optim.ema}),
     }

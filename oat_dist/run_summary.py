@@ -56,7 +56,8 @@ def finish_run(trainer: Trainer) -> None:
         print("next      the same command goes on from there")
         return
     print("\n" + "\n".join(_trained(trainer) + _accuracies(trainer) + _best(trainer) + _skipped(trainer)))
-    print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}", flush=True)
+    averaged = "" if trainer.average.decay is None else f" (EMA {trainer.average.decay:g})"
+    print(f"weights   {folder / 'checkpoints' / f'step-{trainer.step}' / 'model.safetensors'}{averaged}", flush=True)
     from oat_dist.report import write_report  # with matplotlib: a second that every rank would pay at its start
 
     try:

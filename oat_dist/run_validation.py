@@ -10,6 +10,7 @@ from typing import Any
 from oat_dist.config import Config
 from oat_dist.console import Display
 from oat_dist.data_parts import DataParts
+from oat_dist.ema import WeightAverage
 from oat_dist.engine import Engine, Replica
 from oat_dist.metrics import AnchorMean
 from oat_dist.oat_loss import OATLoss
@@ -41,6 +42,7 @@ class RunValidation:
     config: Config
     engine: Engine
     replica: Replica
+    average: WeightAverage
     data: DataParts
     criterion: OATLoss
     anchor_mean: AnchorMean
@@ -87,9 +89,10 @@ class RunValidation:
         assert self.data.eval_set is not None
         self._batches = 0
         self.pulse.restart()
-        self.replica.sync_buffers()
         config, world = self.config, self.engine.world
-        with self.engine.memory(f"lower eval.batch_size={config.eval.batch_size}; it changes no answer"):
+        remedy = f"lower eval.batch_size={config.eval.batch_size}; it changes no answer"
+        with self.average.in_place(), self.engine.memory(remedy):
+            self.replica.sync_buffers()
             self.evaluation = evaluate_network(
                 self.replica.forward_only,
                 self.data.eval_set,

@@ -24,6 +24,7 @@ from oat_dist.config import Config
 from oat_dist.console import Display
 from oat_dist.data.device_copy import windows_on_device
 from oat_dist.data_parts import build_data
+from oat_dist.ema import WeightAverage
 from oat_dist.engine import Engine
 from oat_dist.engine.zero_config import BatchShape
 from oat_dist.errors import loss_not_finite
@@ -97,15 +98,16 @@ class Trainer:
         shape = BatchShape(layout.largest_part, len(layout.deal(config.batch_size)))
         self.replica = engine.prepare(network, optimizer_for(config, network), shape, config.optim.clip_norm)
         self.network = self.replica.network
+        self.average = WeightAverage(self.network, config.optim.ema)
 
         self.step = self.saved_step = 0
         self.start_from: str | None = None  # the checkpoint of another run that this one began as a copy of
         self.bad: dict[int, str] = {}  # undecodable samples of all ranks, known at the end: id -> why
         self.meter = Meter(self.world, min(config.log.every_steps, self.steps_per_epoch))
         self.anchor_mean = AnchorMean(len(self.classes), self.world.device)
-        self.state = TrainingState(self.replica, self.anchor_mean, self.meter, self.world)
+        self.state = TrainingState(self.replica, self.average, self.anchor_mean, self.meter, self.world)
         self.validation = RunValidation(
-            *(config, engine, self.replica, self.data, self.criterion, self.anchor_mean),
+            *(config, engine, self.replica, self.average, self.data, self.criterion, self.anchor_mean),
             *(self.folder, self.display, self.pulse),
         )
         self.window_step = WindowStep(self.replica, self.data.images, config.anchor.span, self._record_loss)
@@ -205,7 +207,9 @@ class Trainer:
             num_samples = self.world.all_reduce(valid).clamp_(min=1)
         self.window_step.run(self.objective, window.batches, num_samples)
         with span("optimizer step"):
-            return self.replica.step(self.learning_rate(self.step))
+            norm = self.replica.step(self.learning_rate(self.step))
+            self.average.update()
+        return norm
 
     def _record_loss(self, loss: Tensor) -> None:
         self.meter.add_loss(loss)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oat_dist.checkpoint import Checkpoint
 from oat_dist.distributed import World
+from oat_dist.ema import WeightAverage
 from oat_dist.engine import Replica
 from oat_dist.errors import CheckpointError, not_finite
 from oat_dist.metrics import AnchorMean, Meter
@@ -25,6 +26,7 @@ class TrainingState:
     """The parts of a run that change while it trains."""
 
     replica: Replica
+    average: WeightAverage
     anchor_mean: AnchorMean
     meter: Meter
     world: World
@@ -43,9 +45,12 @@ class TrainingState:
 
     def shared(self, facts: dict[str, Any], model_card: dict[str, Any]) -> dict[str, dict[str, Tensor] | str]:
         """Files that rank 0 writes. Every rank must call it: each may hold a part of everything."""
-        stored_C = self.anchor_mean.value(self.world)
+        stored_C, weights = self.anchor_mean.value(self.world), self.replica.weights()
+        averaged = self.average.decay is not None
+        facts = facts | ({"ema_updates": self.average.updates} if averaged else {})
         files: dict[str, dict[str, Tensor] | str] = {
-            "model.safetensors": self.replica.weights(),
+            "model.safetensors": self.average.of(weights),
+            **({"raw.safetensors": weights} if averaged else {}),
             "model.json": json.dumps(model_card, indent=1) + "\n",
             "optimizer.safetensors": self.replica.optimizer_state(),
             "state.json": json.dumps(facts, indent=1) + "\n",
@@ -77,8 +82,11 @@ class TrainingState:
         Raises:
             CheckpointError: the checkpoint was trained on other data or in another precision.
         """
-        facts, weights, optimizer_state = self.world.together(self._read, checkpoint, identity, other)
+        facts, model, optimizer_state = self.world.together(self._read, checkpoint, identity, other)
+        updates = facts.get("ema_updates")  # None: what was saved as the model are the weights themselves
+        weights = model if updates is None else self.world.together(checkpoint.tensors, "raw.safetensors")
         self.replica.load(weights, optimizer_state)
+        self.average.load(model, updates or 0)
         self.world.together(self._restore_own, checkpoint)
         return facts
 

@@ -42,6 +42,8 @@ def part(root: str, data: str, name: str, settings: str | None, stop: int, alone
             arguments = (engine, folder, data, run)
             overrides = (*COMMON, *extra, "model.name=mobilenet_v3_small", "max_steps=3")
             overrides = (*overrides, "micro_batch_size=null", "anchor.span=micro")
+            if name != "zero3":
+                overrides = (*overrides, "optim.ema=0.99")
             if "resumed" in run:
                 fit_in_two(*arguments, 1, *overrides)
             else:

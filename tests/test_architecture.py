@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("oat_dist", "errors", "batch", "anchor", "measures", "pace"),
     (
         *("files", "strict_yaml", "distributed", "fence", "outcome", "stopping", "watchdog", "profiling"),
-        *("optim", "optimizer_state", "randomness", "fp32", "models.*", "portable", "hub"),
+        *("optim", "optimizer_state", "ema", "randomness", "fp32", "models.*", "portable", "hub"),
     ),
     ("data.*", "report.*"),
     ("oat_loss", "metrics", "checkpoint", "engine.*", "console", "pulse"),

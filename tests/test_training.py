@@ -97,6 +97,7 @@ def flat(run: Path) -> torch.Tensor:
 def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(runs: Path, undisturbed: str, resumed: str) -> None:
     expected, found = final_files(runs / undisturbed), final_files(runs / resumed)
     assert found.keys() == expected.keys() and "optimizer.safetensors" in found
+    assert ("raw.safetensors" in found) == undisturbed.startswith("norm")  # with optim.ema
     assert [name for name in expected if found[name] != expected[name]] == []
     before, after = (
         [line for line in records(runs / name) if "protocol" in line or "anchor" in line]
@@ -163,7 +164,9 @@ def test_the_order_is_the_same_on_any_number_of_ranks(campaigns: dict[int, tuple
     assert by_world[1] == by_world[2] == by_world[3]
 
 
-@pytest.mark.parametrize("name", ["ten-global", "ten-group", "ten-mixed", "ten-windows", "ten-accumulated", "one-left"])
+@pytest.mark.parametrize(
+    "name", ["ten-global", "ten-group", "ten-mixed", "ten-windows", "ten-accumulated", "ten-ema", "one-left"]
+)
 def test_n_ranks_train_the_network_of_one(campaigns: dict[int, tuple[Path, Any]], name: str) -> None:
     """fp32, no BatchNorm, no dropout: METHOD's bound after ten steps, through loader, trainer and DDP."""
     start = initial_weights()
@@ -176,7 +179,7 @@ def test_n_ranks_train_the_network_of_one(campaigns: dict[int, tuple[Path, Any]]
             if "loss" in line:
                 assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     # control: another anchor scope leads elsewhere
-    other = flat(campaigns[2][0] / ("ten-group" if name in ("ten-global", "one-left") else "ten-global"))
+    other = flat(campaigns[2][0] / ("ten-group" if name in ("ten-global", "ten-ema", "one-left") else "ten-global"))
     assert float((other - one).norm() / (one - start).norm()) > 1e-3
 
 

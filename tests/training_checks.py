@@ -83,6 +83,7 @@ def campaign(root_text: str, data: str, url: str) -> dict[str, Any]:
         "batch_size=239",
         "anchor.scope=device",
         "data.eval_split=null",
+        "optim.ema=0.99",
     )
     fit(engine, root, data, "norm", *norm)
     fit_in_two(engine, root, data, "norm-resumed", 3, *norm)
@@ -99,6 +100,7 @@ def campaign(root_text: str, data: str, url: str) -> dict[str, Any]:
             "data.decoded_cache=disk",  # one file, which all ranks fill
             f"data.cache_dir={root / 'cache'}",
         )
+    fit(engine, root, data, "ten-ema", *TEN, "max_steps=10", "optim.ema=0.9")
     crops = ("data.crop=random_resized_crop", "data.augment=flip randaugment")
     fit(
         engine, root, data, "ten-mixed", "batch_size=47", "micro_batch_size=8", "max_steps=10", "data.mix=mixup", *crops

@@ -77,13 +77,15 @@ def check_config(config: Config) -> tuple[Config, list[str]]:
             f"optim.name={config.optim.name}: checked with sgd, whose steps are as exact as its gradients; "
             f"{config.optim.name} makes whole steps of rounding errors where a gradient is zero"
         )
+    if config.optim.ema is not None:
+        notes.append(f"optim.ema={config.optim.ema}: left out of the check; it is a function of the weights alone")
     if config.model.compile:
         notes.append("model.compile: left out of the check")
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, compile=False),
         data=dataclasses.replace(config.data, eval_split=None, mix="none"),
-        optim=dataclasses.replace(config.optim, name="sgd"),
+        optim=dataclasses.replace(config.optim, name="sgd", ema=None),
         engine=dataclasses.replace(config.engine, name=None, deepspeed=None, precision="no", processes=None),
     ), notes
 

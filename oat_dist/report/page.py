@@ -71,9 +71,11 @@ def _header(run: Run) -> Html:
         step = ends[-1] if metrics.finished and ends else last.step
         place = f"step {step:,}, in epoch {last.epoch + 1}" + (f" of {epochs}" if epochs is not None else "")
         status = f"Finished ({place})." if metrics.finished else f"In progress or interrupted: last logged {place}."
+    ema = lookup(run.config, "optim.ema")
     precision = "fp32" if environment.get("precision") == "no" else environment.get("precision")
     summary = {
         "Model": lookup(run.config, "model.name"),
+        "Weights": None if ema is None else f"moving average, EMA {ema}",
         "Machine": _joined(environment, {"device": "{}", "world_size": "{} rank(s)", "threads": "{} thread(s) each"}),
         "Engine": _joined(environment | {"precision": precision}, {"engine": "{}", "precision": "{}"}),
         "Versions": _joined(

@@ -378,11 +378,13 @@ def test_steps_of_an_epoch_of_a_run_that_ends_within_one(run: Path) -> None:
 def test_started_and_times_of_a_run_that_was_cut_off(run: Path, base: Path) -> None:
     path = run / "metrics.jsonl"
     first, rest = path.read_text().split("\n", 1)
+    first = json.dumps(json.loads(first) | {"start_from": "runs/<pretraining>/checkpoints/step-0"})
     path.write_text(first + '\n{"event": "resume", "step": 0, "time": 1793700100.0}\n' + rest)
     change(run / "environment.json", started="2027-01-01T00:00:00+00:00")
     page = Page(write_report(run))
     assert "with evaluations, without 1 start(s) that were cut off" in page.text
     assert f"Started {utc_text(1793700000.0)}" in page.text
+    assert "Begun as a copy of runs/<pretraining>/checkpoints/step-0" in page.text
     times = Page(write_comparison([run, base], run / "both.html")).section("Time")
     assert "Wall time: oat, without 1 start(s) that were cut off." in times
 
