@@ -127,4 +127,8 @@ def describe_keys() -> str:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration; loading it again gives an equal `Config`."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    values = dataclasses.asdict(config)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if "\x85" not in text:  # NEL: written as it is, YAML reads it as the end of a line
+        return text
+    return yaml.safe_dump(values, sort_keys=False)

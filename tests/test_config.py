@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oat_dist.config import Config, describe_keys, load_config, to_yaml
@@ -349,6 +349,7 @@ def test_frozen() -> None:
     grad=st.none() | st.booleans(),
     mean=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=3, max_size=3),
 )
+@example(output_dir="a\x85b", lr=1.0, seed=0, eval_split="\x85", grad=None, mean=[0.0, 0.0, 0.0])
 @settings(max_examples=25, deadline=None)
 def test_round_trip(
     output_dir: str, lr: float, seed: int, eval_split: str | None, grad: bool | None, mean: list[float]

@@ -20,7 +20,7 @@ from oat_dist.commands.evaluation_subject import Subject
 from oat_dist.data.index import MANIFEST_NAME
 from oat_dist.data.remote.fetch import is_url, local_path
 from oat_dist.engine import Engine, start_engine
-from oat_dist.errors import CheckpointError, OatError
+from oat_dist.errors import CheckpointError, DataError, OatError
 from oat_dist.experiments.plan import PlannedRun
 from oat_dist.experiments.run_state import read_json, trained_state
 from oat_dist.experiments.tables import Table
@@ -77,11 +77,7 @@ def read_result(run: PlannedRun, table: Table) -> Result | None:
         found = {str(name): _judged(one) for name, one in raw["checkpoints"].items()}
         times = [None if raw[key] is None else float(raw[key]) for key in ("epoch_seconds", "test_seconds")]
         of_now = all(_weights(run, one["checkpoint"]) in ("", one["weights"]) for one in raw["checkpoints"].values())
-        if (
-            not of_now
-            or "final" not in found
-            or _test_digest(run, table.test) not in ("", raw["data"]["test"]["digest"])
-        ):
+        if not of_now or "final" not in found or not _is_here(run, table, raw["data"]):
             return None
         return Result(None, found, str(raw["protocol"]), times[0], times[1], raw)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -109,8 +105,15 @@ def _home(run: PlannedRun, name: str) -> Path:
     return run.folder
 
 
-def _test_digest(run: PlannedRun, split: str) -> str:
-    """Of the test split where it lies now; empty where that is not here."""
+def _is_here(run: PlannedRun, table: Table, data: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether the splits with these digests are those where the data lies now; also where there is none here."""
+    splits = {"train": run.config.data.train_split, "select": table.select, "test": table.test}
+    found = {name: _digest(run, split) for name, split in splits.items() if split is not None and name in data}
+    return all(digest in ("", data[name]["digest"]) for name, digest in found.items())
+
+
+def _digest(run: PlannedRun, split: str) -> str:
+    """Of a split where it lies now; empty where that is not here."""
     if is_url(run.config.data.path):
         return ""
     path = Path(local_path(run.config.data.path)) / split / MANIFEST_NAME
@@ -146,6 +149,12 @@ class Judge:
         if state is None:
             raise CheckpointError(f"{run.folder}: not trained to its end")
         table = self._table
+        trained_on = {"train": {"digest": state["train_digest"]}, "select": {"digest": state["eval_digest"]}}
+        if not _is_here(run, table, trained_on):
+            raise DataError(
+                f"{run.folder}: was trained on other images than {run.config.data.path} holds now; name its own with "
+                "--data, or another --output"
+            )
         steps = {"final": state["step"]}
         if table.select is not None:
             steps["best"] = state["best"].get("step", state["step"])

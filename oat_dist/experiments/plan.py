@@ -117,13 +117,20 @@ def make_plan(table: Table, folder: Path, options: Options) -> Plan:
         ConfigError: an option of the command line that cannot be.
     """
     seeds = range(options.seeds if options.seeds is not None else table.seeds)
-    configs, problems = {}, {}
+    configs: dict[tuple[str, str], tuple[tuple[str, ...], Config]] = {}
+    problems, sets = {}, set()
     for cell in table.cells:
         for arm in table.arms:
             try:
-                configs[cell, arm] = _configured(table, cell, arm, options)
+                overrides, config, name = _configured(table, cell, arm, options)
             except ConfigError as error:
                 problems[cell, arm] = error
+                continue
+            configs[cell, arm] = overrides, config
+            sets.add(name)
+    unused = [name for name in options.data if name and name not in sets]
+    if unused and sets:
+        raise ConfigError(f"--data {unused[0]}={options.data[unused[0]]}: this table reads {', '.join(sorted(sets))}")
     shared = _shared(table, folder, configs)
     first: dict[str, tuple[str, str]] = {}
     runs: dict[tuple[str, str, int], PlannedRun] = {}
@@ -140,8 +147,8 @@ def make_plan(table: Table, folder: Path, options: Options) -> Plan:
     return Plan(table, folder, seeds, runs, problems)
 
 
-def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tuple[str, ...], Config]:
-    """The overrides of an arm in a cell, but for seed and place, and what comes of them."""
+def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tuple[str, ...], Config, str]:
+    """The overrides of an arm in a cell, but for seed and place; what comes of them; what its data set is called."""
     path = table.config_of(cell)
     own = table.arms[arm].set
     for text in (*table.set, *table.cells[cell].set, *own, *options.set):
@@ -157,7 +164,7 @@ def _configured(table: Table, cell: str, arm: str, options: Options) -> tuple[tu
     place = options.data.get(name, options.data.get("", config.data.path))
     given += [f"epochs={epochs}", f"pretrain_epochs={before}", f"data.eval_split={split}", f"data.path={place}"]
     data = dataclasses.replace(config.data, eval_split=split, path=place)
-    return tuple(given), dataclasses.replace(config, epochs=epochs, pretrain_epochs=before, data=data)
+    return tuple(given), dataclasses.replace(config, epochs=epochs, pretrain_epochs=before, data=data), name
 
 
 def scaled(epochs: int, before: int, scale: float) -> tuple[int, int]:

@@ -177,6 +177,23 @@ def test_damaged_results_are_computed_anew(desk: Desk) -> None:
     assert {path: found[1] for path, found in desk.files().items()} == {p: found[1] for p, found in before.items()}
 
 
+def test_the_best_epoch_may_lie_before_the_arms_part(desk: Desk) -> None:
+    run, before = desk.folder / "digits" / "cross_entropy" / "0", desk.files()
+    evaluation, result = run / "evaluation.json", run / "result.json"
+    values = json.loads(evaluation.read_text())
+    values["best"]["step"] = 15  # the last one of what the arms share
+    evaluation.write_text(json.dumps(values))
+    result.unlink()
+    assert desk.run() == 0
+    best = json.loads(result.read_text())["checkpoints"]["best"]
+    beginning = json.loads((desk.folder / "digits/pretrain/0/checkpoints/step-15/manifest.json").read_text())
+    assert best["weights"] == beginning["files"]["model.safetensors"]["sha256"]
+    for path in (evaluation, result):
+        path.write_bytes(before[path][1])
+    assert desk.run() == 0
+    assert {path: found[1] for path, found in desk.files().items()} == {p: found[1] for p, found in before.items()}
+
+
 def test_a_training_that_diverges_is_a_result(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     count = len(desk.started)
     for _ in range(2):  # nor is it tried again
