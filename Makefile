@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing bench-exports scale soak vit-l cifar10 campaign clean
+.PHONY: help quickstart test check format bench bench-memory bench-data bench-packing bench-exports bench-anchors scale soak vit-l cifar10 campaign clean
 
 help:
 	@echo "make quickstart   install, pack digits, train with OAT on two processes (or every GPU), evaluate, report"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-data   our loader against webdataset, ImageFolder, streaming, DALI; decoding alone (BENCH_FLAGS=...)"
 	@echo "make bench-packing   pack against tar, verify against sha256sum"
 	@echo "make bench-exports SPLIT=FOLDER   many networks exported, and how far each export is from the network"
+	@echo "make bench-anchors DATA=FOLDER   training and testing with OAT, and with class anchors, over cross-entropy"
 	@echo "make scale        an index of 100 million samples: opening it, planning over it, and the memory of both"
 	@echo "make soak SPLIT=FOLDER   the loader over many epochs, and whether its memory grows"
 	@echo "make vit-l        ViT-L-16 takes steps under ZeRO-2 and ZeRO-3 on two CPU processes"
@@ -61,6 +62,10 @@ bench-packing: $(READY)
 bench-exports: $(READY)
 	@test -n "$(SPLIT)" || { echo "error: say which packed split: make bench-exports SPLIT=packed/photos/test"; exit 1; }
 	$(BIN)/python benchmarks/exports.py "$(SPLIT)"
+
+bench-anchors: $(READY)
+	@test -n "$(DATA)" || { echo "error: say which packed set: make bench-anchors DATA=packed/cifar10"; exit 1; }
+	$(BIN)/python benchmarks/anchors.py "$(DATA)" $(BENCH_FLAGS)
 
 scale: $(READY)
 	$(BIN)/python benchmarks/scale.py $(BENCH_FLAGS)
