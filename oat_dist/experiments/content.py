@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from oat_dist.experiments.plan import Options, Plan
-from oat_dist.experiments.statistics import Mean, verdict
+from oat_dist.experiments.statistics import Mean, paired, verdict
 from oat_dist.experiments.summary import Results, Row, Times
 
-__all__ = ["Content", "Grid", "content_of", "interval", "number"]
+__all__ = ["Content", "Grid", "content_of", "interval"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,12 @@ def content_of(
         about.append(f"Not the experiment itself: every run has its epochs multiplied by {options.scale:g}.")
     if plan.seeds.stop == 1:
         about.append("One seed: there are no intervals, and nothing is shown either way.")
+    cells = {row.cell for row in rows}
+    if len(cells) == 1 and len(table.cells) > 1:
+        about.append(f"Of its {len(table.cells)} cells: {table.cells[next(iter(cells))].title}.")
     grids = [_main(plan, rows)]
+    if (compared := _compared(plan, rows)).rows:
+        grids.append(compared)
     if any(row.scores for row in rows):
         grids.append(_protocols(plan, rows))
     if times:
@@ -52,32 +57,38 @@ def content_of(
 
 
 def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
-    table = plan.table
+    table, name = plan.table, _namer(plan, rows)
     base = table.arms[table.baseline].title
     what = "balanced accuracy" if table.measure == "balanced" else "accuracy"
-    head = ["", "Epoch", "Protocol", "Seeds#", f"Ours, {what} %#", "95 % interval#"]
-    head += [f"Minus {base}#", "95 % interval, paired#", "Shown?#"]
+    head = [
+        "",
+        "Epoch",
+        "Protocol",
+        "Seeds#",
+        f"{_capital(what)} %, 95 % interval#",
+        f"Minus {base}, paired#",
+        "Shown?",
+    ]
     of_paper = any(cell.paper is not None for cell in table.cells.values())
     head += ["Paper %#", "Ours - paper#"] if of_paper else []
     lines = []
     for row in rows:
-        score, epoch = row.score, "last" if row.checkpoint == "final" else f"best on {table.select}"
+        score = row.score
         seeds = len(plan.seeds) - len(row.missing)
-        line = [_name(plan, row.cell, row.arm), epoch, row.protocol]
+        line = [name(row.cell, row.arm), _epoch(plan, row), row.protocol]
         line.append(f"{seeds} of {len(plan.seeds)}" if row.missing else str(seeds))
         if score is None:
-            line += [f"diverged: seed {_listed(row.diverged)}" if row.diverged else "not trained yet", *[""] * 4]
+            line += [f"diverged: seed {_listed(row.diverged)}" if row.diverged else "not trained yet", "", ""]
         else:
-            line += [number(score.mean), interval(score.mean), number(score.difference, signed=True)]
-            line += [interval(score.difference, signed=True), verdict(score.difference)]
+            line += [interval(score.mean), interval(score.difference, signed=True), verdict(score.difference)]
         if of_paper:
             line.append("" if row.paper is None else f"{row.paper:.3f}")
             line.append("" if row.to_paper is None else f"{row.to_paper:+.2f}")
         lines.append(line)
     notes = [
-        f"On {table.test}. Intervals are Student's t over seeds (95 %); those of a difference are paired: same seed, "
-        "same initial weights, same order of samples. They cover the seeds, not the choice of test images. A "
-        "difference is shown where its interval does not hold zero."
+        f"On {table.test}. Intervals (in brackets) are Student's t over seeds, 95 %; those of a difference are paired: "
+        "same seed, same initial weights, same order of samples. They cover the seeds, not the choice of test images. "
+        "A difference is shown where its interval does not hold zero."
     ]
     compared = sum(row.score is not None and row.score.difference is not None for row in rows)
     if compared > 1:
@@ -87,19 +98,36 @@ def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
     return Grid("Accuracy", head, lines, notes)
 
 
-def _protocols(plan: Plan, rows: Sequence[Row]) -> Grid:
-    base = plan.table.arms[plan.table.baseline].title
-    head = ["", "Epoch", "Protocol", "Accuracy %#", "95 % interval#", "Balanced accuracy %#", "95 % interval#"]
-    head += [f"Minus {base}#", "Its protocol", "95 % interval, paired#"]
+def _compared(plan: Plan, rows: Sequence[Row]) -> Grid:
+    """The differences that the file asks for besides those to the baseline, each arm under its own protocol."""
+    found, name = {(row.cell, row.arm, row.checkpoint): row for row in rows}, _namer(plan, rows)
     lines = []
     for row in rows:
-        for name, score in row.scores.items():
+        other = found.get((row.cell, plan.table.compare.get(row.arm, ""), row.checkpoint))
+        if row.score is None or other is None or other.score is None:
+            continue
+        difference = paired(row.score.values, other.score.values)
+        arm = plan.table.arms[other.arm].title
+        lines.append(
+            [
+                *(f"{name(row.cell, row.arm)} minus {arm}", _epoch(plan, row), f"{row.protocol} - {other.protocol}"),
+                *(interval(difference, signed=True), verdict(difference)),
+            ]
+        )
+    return Grid("Other differences", ["", "Epoch", "Protocols", "Difference, paired#", "Shown?"], lines, [])
+
+
+def _protocols(plan: Plan, rows: Sequence[Row]) -> Grid:
+    base, name = plan.table.arms[plan.table.baseline].title, _namer(plan, rows)
+    head = ["", "Epoch", "Protocol", "Accuracy %#", "Balanced accuracy %#", f"Minus {base}, paired#", "Its protocol"]
+    lines = []
+    for row in rows:
+        for protocol, score in row.scores.items():
             lines.append(
                 [
-                    *(_name(plan, row.cell, row.arm), "last" if row.checkpoint == "final" else "best", name),
-                    *(number(score.accuracy), interval(score.accuracy)),
-                    *(number(score.balanced), interval(score.balanced), number(score.difference, signed=True)),
-                    *(score.against if score.difference else "", interval(score.difference, signed=True)),
+                    *(name(row.cell, row.arm), _epoch(plan, row), protocol),
+                    *(interval(score.accuracy), interval(score.balanced), interval(score.difference, signed=True)),
+                    score.against if score.difference else "",
                 ]
             )
     return Grid("Every protocol", head, lines, [])
@@ -107,7 +135,7 @@ def _protocols(plan: Plan, rows: Sequence[Row]) -> Grid:
 
 def _times(plan: Plan, results: Results, times: Sequence[Times]) -> Grid:
     base = {one.cell: one for one in times if one.arm == plan.table.baseline}
-    short = plan.table.arms[plan.table.baseline].title
+    short, name = plan.table.arms[plan.table.baseline].title, _namer(plan, times)
     head = ["", "Training epoch, s#", f"/ {short}#", "Paper#", "Evaluation, s#", f"/ {short}#", "Paper#"]
     lines = []
     for one in times:
@@ -117,7 +145,7 @@ def _times(plan: Plan, results: Results, times: Sequence[Times]) -> Grid:
         ratio = [f"{a / b:.3f}" if a and b and one is not other else "" for a, b in zip(mine, theirs, strict=True)]
         lines.append(
             [
-                *(_name(plan, one.cell, one.arm), _seconds(one.epoch), ratio[0], ratio[2]),
+                *(name(one.cell, one.arm), _seconds(one.epoch), ratio[0], ratio[2]),
                 *(_seconds(one.evaluation), ratio[1], ratio[3]),
             ]
         )
@@ -136,8 +164,8 @@ def _times(plan: Plan, results: Results, times: Sequence[Times]) -> Grid:
 
 
 def _notes(plan: Plan, options: Options, results: Results, rows: Sequence[Row]) -> Iterator[str]:
-    table = plan.table
-    yield from (f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in table.differs)
+    table, name = plan.table, _namer(plan, rows)
+    yield from (f"{_capital(text).rstrip('.')}." for text in table.differs)
     if table.select is None:
         yield f"The last epoch is reported; none is chosen. Curves are of {table.test}."
     else:
@@ -149,16 +177,16 @@ def _notes(plan: Plan, options: Options, results: Results, rows: Sequence[Row]) 
         yield f"{'/'.join(where)} cannot be trained: {problem}."
     shown = {(row.cell, row.arm) for row in rows}
     yield from _unique(
-        f"{_name(plan, cell, arm)}: {config.epochs} epochs, {config.pretrain_epochs} of them cross-entropy"
+        f"{name(cell, arm)}: {config.epochs} epochs, {config.pretrain_epochs} of them cross-entropy"
         for (cell, arm, seed), run in plan.runs.items()
         if (config := run.config) and seed == 0 and (cell, arm) in shown
     )
     for row in rows:
         if row.missing and row.checkpoint == "final" and row.score is not None:
-            yield f"{_name(plan, row.cell, row.arm)}: no result for seed {_listed(row.missing)}."
+            yield f"{name(row.cell, row.arm)}: no result for seed {_listed(row.missing)}."
     for (cell, arm, seed), result in results.items():
         if result.diverged is not None and (cell, arm) in shown:
-            yield f"{_name(plan, cell, arm)}, seed {seed} has diverged: {result.diverged}."
+            yield f"{name(cell, arm)}, seed {seed} has diverged: {result.diverged}."
     yield from _unique(_data(result.raw) for result in results.values() if result.diverged is None)
     yield from _unique(_machine(result.raw) for result in results.values() if result.diverged is None)
 
@@ -184,9 +212,19 @@ def _unique(lines: Iterator[str]) -> Iterator[str]:
     yield from (f"{line}." for line in dict.fromkeys(lines))
 
 
-def _name(plan: Plan, cell: str, arm: str) -> str:
-    title = plan.table.arms[arm].title
-    return title if len(plan.table.cells) == 1 else f"{plan.table.cells[cell].title}: {title}"
+def _namer(plan: Plan, rows: Sequence[Row | Times]) -> Callable[[str, str], str]:
+    """What a cell and an arm are called: by the arm alone where only one cell is shown."""
+    if len({row.cell for row in rows}) == 1:
+        return lambda _, arm: plan.table.arms[arm].title
+    return lambda cell, arm: f"{plan.table.cells[cell].title}: {plan.table.arms[arm].title}"
+
+
+def _epoch(plan: Plan, row: Row) -> str:
+    return "last" if row.checkpoint == "final" else f"best on {plan.table.select}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _listed(seeds: Sequence[int]) -> str:
@@ -197,14 +235,13 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def number(mean: Mean | None, *, signed: bool = False) -> str:
-    """A mean with two digits."""
-    return "" if mean is None else f"{mean.mean:{'+' if signed else ''}.2f}"
-
-
 def interval(mean: Mean | None, *, signed: bool = False) -> str:
-    """Its interval."""
-    if mean is None or mean.interval is None:
+    """A mean with its interval in brackets, if it has one."""
+    if mean is None:
         return ""
+    sign = "+" if signed else ""
+    text = f"{mean.mean:{sign}.2f}"
+    if mean.interval is None:
+        return text
     low, high = mean.interval
-    return f"{low:+.2f} to {high:+.2f}" if signed else f"{low:.2f} to {high:.2f}"
+    return f"{text} ({low:{sign}.2f} to {high:{sign}.2f})"

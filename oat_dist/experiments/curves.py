@@ -124,7 +124,7 @@ def figure_files(lines: Sequence[Line], split: str, name: str) -> dict[str, byte
 def _draw(lines: Sequence[Line], split: str, figure: Figure) -> Figure:
     axes = figure.add_subplot(1, 1, 1)
     for line in lines:
-        look = numbered_look(line.number)
+        look, few = numbered_look(line.number), sum(len(epochs) for epochs, _ in line.mean().values()) <= _FEW
         for number, ((epochs, mean, each, window), (_, raw)) in enumerate(
             zip(line.smoothed(), line.mean().values(), strict=True)
         ):
@@ -133,7 +133,7 @@ def _draw(lines: Sequence[Line], split: str, figure: Figure) -> Figure:
             if len(each) > 1:
                 stacked = np.stack(each)
                 axes.fill_between(epochs, stacked.min(0), stacked.max(0), color=look.colour, alpha=0.15, linewidth=0)
-            marker = look.marker if len(epochs) <= _FEW else None
+            marker = look.marker if few else None
             label = line.label if number == 0 else None
             axes.plot(epochs, mean, color=look.colour, linestyle=look.line, marker=marker, label=label)
     axes.set_xlabel("finished epochs")
