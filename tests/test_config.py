@@ -248,6 +248,8 @@ IMPOSSIBLE = [
     ("optim.final_lr=-1", "optim.final_lr must be at least 0"),
     ("optim.clip_norm=0", "null switches clipping off"),
     ("optim.clip_norm=inf", "null switches clipping off"),
+    ("optim.ema=1", "optim.ema must lie in 0 < optim.ema < 1, not 1.0; null: no average"),
+    ("optim.ema=0", "optim.ema must lie in 0 < optim.ema < 1"),
     (
         "anchor.center=logit",
         "one of probabilities, logits, prior, uniform, one_hot, not 'logit'; did you mean logits?",

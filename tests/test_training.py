@@ -63,8 +63,9 @@ def records(run: Path, *, timeless: bool = True) -> list[dict[str, Any]]:
     return lines
 
 
-def final_files(run: Path) -> dict[str, bytes]:
-    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+def final_files(run: Path, step: int | None = None) -> dict[str, bytes]:
+    name = (run / "checkpoints" / "latest").read_text().strip() if step is None else f"step-{step}"
+    folder = run / "checkpoints" / name
     return {
         path.name: path.read_bytes()
         for path in folder.glob("*.safetensors")  # weights, optimizer, stored anchor, and what each rank keeps
@@ -119,19 +120,22 @@ def test_a_copy_of_a_run_is_the_run_that_never_stopped(runs: Path) -> None:
         ("copy-inside", 2 * STEPS_PER_EPOCH, 0),
         ("copy-at-switch", STEPS_PER_EPOCH, 8),  # losses of the line that it was interrupted in are averages since then
     ):
-        assert final_files(runs / name) == final_files(runs / "whole")
-        expected = [line for line in records(runs / "whole") if line["step"] > start + interrupted]
+        end = start + STEPS_PER_EPOCH
+        assert final_files(runs / name, end) == final_files(runs / "whole", end)
+        expected = [line for line in records(runs / "whole") if start + interrupted < line["step"] <= end]
         assert [line for line in records(runs / name) if line in expected] == expected
         first = json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[0])
         assert (first["event"], first["step"]) == ("start", start) and first["start_from"].endswith(f"step-{start}")
-        newest = json.loads((runs / name / "checkpoints" / "step-90" / "state.json").read_text())
-        assert newest["start_from"] == first["start_from"]
-        assert newest["best"] == json.loads((runs / "whole/checkpoints/step-90/state.json").read_text())["best"]
-    assert (
-        final_files(runs / "copy-otherwise")["model.safetensors"] != final_files(runs / "switch")["model.safetensors"]
-    )
-    copied, own = (weights(runs / name, STEPS_PER_EPOCH) for name in ("copy-otherwise", "switch"))
-    assert all(torch.equal(copied[key], own[key]) for key in own)
+        found, whole = (
+            json.loads((runs / run / "checkpoints" / f"step-{end}" / "state.json").read_text())
+            for run in (name, "whole")
+        )
+        assert found["start_from"] == first["start_from"] and found["best"] == whole["best"]
+    # the control: the same beginning, and then another step
+    copied, own = runs / "copy-otherwise", runs / "switch"
+    for step, same in ((STEPS_PER_EPOCH, True), (STEPS_PER_EPOCH + 1, False)):
+        found, expected = (final_files(run, step)["model.safetensors"] for run in (copied, own))
+        assert (found == expected) == same
 
 
 def test_a_copy_that_would_not_go_on_is_refused_on_all_ranks(campaigns: dict[int, tuple[Path, Any]]) -> None:

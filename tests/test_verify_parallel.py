@@ -294,10 +294,17 @@ def test_a_job_survives_its_file(config_file: Path, tmp_path: Path) -> None:
 
 
 def test_the_checks_own_configuration(config_file: Path) -> None:
-    given = load_config(config_file, ["engine.precision=bf16", "optim.name=adamw", "engine.name=zero2", "optim.lr=0.5"])
+    given = load_config(
+        config_file, ["engine.precision=bf16", "optim.name=adamw", "engine.name=zero2", "optim.ema=0.9"]
+    )
     config, notes = check_config(given)
-    assert (config.engine.precision, config.engine.name, config.optim.name, config.optim.lr) == ("no", None, "sgd", 0.5)
-    assert [note.split(":")[0] for note in notes] == ["engine.precision=bf16", "optim.name=adamw"]
+    assert (config.engine.precision, config.engine.name, config.optim.name, config.optim.ema) == (
+        "no",
+        None,
+        "sgd",
+        None,
+    )
+    assert [note.split(":")[0] for note in notes] == ["engine.precision=bf16", "optim.name=adamw", "optim.ema=0.9"]
     own = replace(config, engine=given.engine, optim=given.optim)
     assert own == given  # nothing else differs
     job, _ = plan_job(config, 1000, 2, 1)

@@ -149,7 +149,7 @@ def campaign(root_text: str, data: str, url: str) -> dict[str, Any]:
         f"start_from={root / 'whole' / 'checkpoints' / f'step-{2 * STEPS_PER_EPOCH}'}",
     )
     at_switch = f"start_from={root / 'switch' / 'checkpoints' / f'step-{STEPS_PER_EPOCH}'}"
-    fit_in_two(engine, root, data, "copy-at-switch", STEPS_PER_EPOCH + 5, at_switch)
+    fit_in_two(engine, root, data, "copy-at-switch", STEPS_PER_EPOCH + 5, at_switch, "epochs=2")
     fit(engine, root, data, "copy-otherwise", at_switch, "anchor.grad=false", f"max_steps={STEPS_PER_EPOCH + 1}")
     for name, override in (
         ("other order", "seed=1"),
