@@ -151,7 +151,7 @@ def test_other_data_and_precision_are_refused_with_this_remedy(
     origin = begin(tmp_path, run)
     assert origin is not None
     nothing: Any = None  # it is refused before anything is loaded into them
-    state = TrainingState(nothing, nothing, nothing, nothing, World())
+    state = TrainingState(*[nothing] * 5, World())
     with pytest.raises(CheckpointError, match=f"was trained {reason}.* or give another start_from"):
         origin.restore(state, {**DIGESTS, fact: "x"})
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):  # another evaluation split is not refused
