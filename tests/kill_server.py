@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+import oat_dist.report  # noqa: F401  # a run needs it at its end
 from oat_dist.train import main
 
 

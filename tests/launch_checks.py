@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import HERE
 from training_checks import fit
 
 from oat_dist.engine import start_engine
@@ -33,6 +34,13 @@ def refusals() -> dict[str, str | None]:
         "srun": attempt({"SLURM_STEP_NUM_TASKS": "2"}),
         "processes": attempt({}, processes=2),
         "deepspeed": attempt({"ACCELERATE_USE_DEEPSPEED": "true"}, name="ddp"),
+        "deepspeed file": attempt(
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(HERE.parent / "configs/deepspeed/zero2.json"),
+            },
+            name="zero3",
+        ),
         "fsdp": attempt({"ACCELERATE_USE_FSDP": "true"}),
         "fp16": attempt({"ACCELERATE_MIXED_PRECISION": "fp16"}),
         "precision": attempt({"ACCELERATE_MIXED_PRECISION": "bf16"}, precision="no"),

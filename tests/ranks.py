@@ -6,6 +6,7 @@ The function gets the arguments (JSON values) and returns JSON values; it runs o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -117,6 +118,11 @@ def rank_server() -> RankServer:
 
 def run_ranks(world: int, target: str, *arguments: Any, timeout: float = 300) -> list[Any]:
     """Run ``module:function(*arguments)`` on `world` ranks and return their results by rank."""
+    return [result for result, _ in heard_ranks(world, target, *arguments, timeout=timeout)]
+
+
+def heard_ranks(world: int, target: str, *arguments: Any, timeout: float = 300) -> list[tuple[Any, str]]:
+    """As `run_ranks`; by rank the result, and what it wrote to stderr."""
     server, port = rank_server(), free_port()
     with tempfile.TemporaryDirectory() as folder:
         codes: dict[int, int | None] = {}
@@ -145,7 +151,10 @@ def run_ranks(world: int, target: str, *arguments: Any, timeout: float = 300) ->
             overtime = f" (stopped after {timeout:g} s)" if time.monotonic() > deadline else ""
             said = "".join(path.read_text() for path in sorted(Path(folder).glob("stderr-*")))
             raise AssertionError(f"{target} on {world} ranks ended with {list(codes.values())}{overtime}:\n{said}")
-        return [json.loads(Path(folder, f"result-{rank}.json").read_text()) for rank in range(world)]
+        return [
+            (json.loads(Path(folder, f"result-{rank}.json").read_text()), Path(folder, f"stderr-{rank}").read_text())
+            for rank in range(world)
+        ]
 
 
 def _run(target: str, arguments: str, folder: str) -> None:
@@ -154,7 +163,7 @@ def _run(target: str, arguments: str, folder: str) -> None:
     Path(folder, f"result-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
-def _fork(environment: dict[str, str], target: str, arguments: str, folder: str) -> int:
+def _fork(answers: int, environment: dict[str, str], target: str, arguments: str, folder: str) -> int:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -165,6 +174,7 @@ def _fork(environment: dict[str, str], target: str, arguments: str, folder: str)
     code = 1
     try:
         os.setsid()
+        os.close(answers)  # or nobody would notice when the server dies
         os.close(writing)
         os.close(reading)
         os.environ.clear()
@@ -182,15 +192,31 @@ def _fork(environment: dict[str, str], target: str, arguments: str, folder: str)
         os._exit(code)
 
 
+def _import_deepspeed() -> None:
+    """Before the ranks that will use it are forked: in each of them it would take longer than most tests."""
+    from oat_dist.engine.zero import import_deepspeed
+    from oat_dist.errors import LaunchError
+
+    with contextlib.suppress(LaunchError):  # not installed: they say so
+        import_deepspeed(on_cpu=True)
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # looked for at every start
+
+
 def _serve() -> None:
     """Answer questions on stdin until it ends; then end what still runs."""
-    import oat_dist.trainer  # noqa: F401  # what nearly every rank needs
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # DeepSpeed talks when it is imported
+
+    import oat_dist.report
+    import oat_dist.trainer  # noqa: F401  # what nearly every rank needs, to the report at its end
 
     running: dict[int, int | None] = {}
     for line in sys.stdin:
         question = json.loads(line)
         if "run" in question:
-            pid = _fork(question["environment"], *question["run"])
+            if "zero" in "".join(question["run"]):
+                _import_deepspeed()
+            pid = _fork(answers.fileno(), question["environment"], *question["run"])
             running[pid], answer = None, pid
         else:
             pid = question["status"]
@@ -198,7 +224,7 @@ def _serve() -> None:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 running[pid] = os.waitstatus_to_exitcode(status) if ended else None
             answer = running[pid]
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
     for pid in (pid for pid, code in running.items() if code is None):
         os.killpg(pid, signal.SIGKILL)
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import HERE, free_port, rank_environment, run_ranks, single_environment, start, stop
+from ranks import HERE, free_port, heard_ranks, rank_environment, run_ranks, single_environment, start, stop
 from training_checks import BASE
 
 from oat_dist.data.index import ShardSet
@@ -77,30 +77,17 @@ def test_accelerate_launch_with_deepspeed_is_deepspeed(tmp_path: Path, digits: d
     assert "engine" in (run / "metrics.jsonl").read_text().splitlines()[0]
     noise = [line for line in done.stderr.splitlines() if "eep" in line and "peed" in line]
     assert noise == []  # what DeepSpeed says of itself would bury our own lines
-    # a conflict names both sides
-    said = subprocess.run(
-        [*command, "engine.name=zero3"], cwd=TOP, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert said.returncode != 0
-    assert "engine.name=zero3 is asked for, but the launcher (configs/deepspeed/zero2.json) says zero2" in said.stderr
 
 
 def failing(tmp_path: Path, world: int, *arguments: str) -> list[str]:
     """What each rank of a training that must fail says on stderr; none of it a traceback."""
     (tmp_path / "config.yaml").write_text(BASE)
-    command = [sys.executable, TRAIN, str(tmp_path / "config.yaml"), *arguments]
-    processes = start(command, world, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        said = []
-        for process in processes:
-            _, stderr = process.communicate(timeout=120)
-            said.append(stderr)
-            assert process.returncode == 2, stderr
-            assert "Traceback" not in stderr, stderr
-            assert stderr.count("error: ") == 1, stderr
-    finally:
-        stop(processes)
-    return said
+    found = heard_ranks(world, "oat_dist.train:main", [str(tmp_path / "config.yaml"), *arguments])
+    for status, stderr in found:
+        assert status == 2, stderr
+        assert "Traceback" not in stderr, stderr
+        assert stderr.count("error: ") == 1, stderr
+    return [stderr for _, stderr in found]
 
 
 @pytest.fixture
@@ -190,6 +177,11 @@ def test_launches_that_would_lie_are_refused() -> None:
     assert "engine.processes=2, but 1 process" in messages["processes"]
     assert messages["deepspeed"] == (
         "engine.name=ddp is asked for, but the launcher (zero_stage) says zero2; make them agree"
+    )
+    # what `accelerate launch` sets for the file, as the test above shows
+    assert messages["deepspeed file"] == (
+        f"engine.name=zero3 is asked for, but the launcher ({TOP}/configs/deepspeed/zero2.json) says zero2; "
+        "make them agree"
     )
     assert "asks for FSDP" in messages["fsdp"] and "configs/accelerate/" in messages["fsdp"]
     assert "use bf16" in messages["fp16"]

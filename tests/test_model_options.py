@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import HERE, single_environment
+from ranks import heard_ranks
 from safetensors.torch import load_file
 from training_checks import BASE
 
@@ -16,12 +14,16 @@ from oat_dist.data.index import ShardSet
 STEPS = 10
 
 
-def train(folder: Path, digits: dict[str, ShardSet], name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, digits: dict[str, ShardSet], name: str, *overrides: str) -> tuple[int, str]:
+    """The status of a run, and what it says on stderr."""
     (folder / "config.yaml").write_text(BASE)
-    command = [sys.executable, str(HERE.parent / "launch" / "train.py"), str(folder / "config.yaml")]
-    command += [f"data.path={digits['train'].folder.parent}", f"output_dir={folder / name}", f"max_steps={STEPS}"]
-    command += ["pretrain_epochs=0", "data.eval_split=null", *overrides]
-    return subprocess.run(command, env=single_environment(), capture_output=True, text=True, timeout=240)
+    arguments = [
+        str(folder / "config.yaml"),
+        f"data.path={digits['train'].folder.parent}",
+        f"output_dir={folder / name}",
+    ]
+    arguments += [f"max_steps={STEPS}", "pretrain_epochs=0", "data.eval_split=null", *overrides]
+    return heard_ranks(1, "oat_dist.train:main", arguments)[0]
 
 
 def test_compiled_and_channels_last_train_the_same_network(tmp_path: Path, digits: dict[str, ShardSet]) -> None:
@@ -32,8 +34,8 @@ def test_compiled_and_channels_last_train_the_same_network(tmp_path: Path, digit
         ("channels_last", ["model.channels_last=true"]),
         ("other", ["seed=1"]),  # the control
     ):
-        done = train(tmp_path, digits, name, *overrides)
-        assert done.returncode == 0, done.stderr
+        status, said = train(tmp_path, digits, name, *overrides)
+        assert status == 0, said
         found[name] = load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "model.safetensors")
 
     def apart(name: str) -> float:
@@ -54,6 +56,6 @@ def test_compiled_and_channels_last_train_the_same_network(tmp_path: Path, digit
 def test_what_an_engine_would_ignore_is_refused(
     tmp_path: Path, digits: dict[str, ShardSet], overrides: list[str], message: str
 ) -> None:
-    done = train(tmp_path, digits, "run", *overrides)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message in done.stderr
+    status, said = train(tmp_path, digits, "run", *overrides)
+    assert status == 2 and "Traceback" not in said
+    assert message in said
