@@ -75,9 +75,9 @@ def reproduce(request: Request, requests: StopRequests) -> dict[str, str]:
     """
     plan, folder = request.plan, request.plan.folder
     refusal = f"{folder}: another process is reproducing this table{lock_holder(folder)}; wait for it"
+    _check_data(plan, unfinished(request))  # before a folder is made
     with folder_lock(folder, refusal):
         left = unfinished(request)
-        _check_data(plan, left)
         progress = Progress(left)
         judge = Judge(plan.table, 1 if request.machine.one_thread else None)
         parents = {run.parent.folder for run in request.runs() if run.parent is not None}
