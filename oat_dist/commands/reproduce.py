@@ -42,6 +42,9 @@ docs/reproduce.md says what the numbers mean and how to write a table of your ow
 """
 
 
+_MOST = 1000  # times the epochs of a table
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -74,8 +77,8 @@ def _scale(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 0 < value <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, at most {_MOST:,}")
     return value
 
 
@@ -144,6 +147,8 @@ def _listed(path: Path) -> str:
 def _chosen(option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     """Names in the order of the file."""
     names = [name for text in given or () for name in text.split(",") if name]
+    if given is not None and not names:
+        raise ConfigError(f"{option} names nothing; there are {', '.join(known)}")
     if names == ["all"]:
         return list(known)
     for name in names:

@@ -196,7 +196,11 @@ def _data(raw: dict[str, object]) -> str:
     assert isinstance(data, dict)
     splits = {name: one for name, one in data.items() if name != "select" or raw["select"] is not None}
     parts = [f"{name} {one.get('samples')} ({str(one.get('digest'))[:12]})" for name, one in splits.items()]
-    return f"Images from {data['test'].get('source')}, samples and digests of the manifests: {', '.join(parts)}"
+    bad = data["test"].get("undecodable")
+    left_out = f"; {bad} test image(s) cannot be decoded and are left out" if bad else ""
+    return (
+        f"Images from {data['test'].get('source')}, samples and digests of the manifests: {', '.join(parts)}{left_out}"
+    )
 
 
 def _machine(raw: dict[str, object]) -> str:

@@ -73,7 +73,11 @@ def read_result(run: PlannedRun, table: Table) -> Result | None:
         return None
     try:
         if raw["diverged"] is not None:
-            return Result(str(raw["diverged"]), {}, "", None, None, raw)
+            return (
+                Result(str(raw["diverged"]), {}, "", None, None, raw)
+                if _is_here(run, table, raw.get("data", {}))
+                else None
+            )
         found = {str(name): _judged(one) for name, one in raw["checkpoints"].items()}
         times = [None if raw[key] is None else float(raw[key]) for key in ("epoch_seconds", "test_seconds")]
         of_now = all(_weights(run, one["checkpoint"]) in ("", one["weights"]) for one in raw["checkpoints"].values())
@@ -122,7 +126,8 @@ def _digest(run: PlannedRun, split: str) -> str:
 
 def write_diverged(run: PlannedRun, table: Table, why: str) -> None:
     """That a training has diverged is its result."""
-    _write(run, {"key": run.key, "test": table.test, "select": table.select, "diverged": why})
+    data = {"train": {"digest": _digest(run, run.config.data.train_split)}}
+    _write(run, {"key": run.key, "test": table.test, "select": table.select, "diverged": why, "data": data})
 
 
 class Judge:
@@ -217,8 +222,9 @@ class Judge:
             summary = subject.judge(outputs, _SEEDS, None, {}).summary(subject.classes)
         state = checkpoint.json("state.json")
         files = checkpoint.json("manifest.json")["files"]
+        bad = {"undecodable": summary["undecodable"]} if summary["undecodable"] else {}
         return {
-            "data": {"digest": shards.digest, "samples": shards.num_samples, "source": shards.manifest.source},
+            "data": {"digest": shards.digest, "samples": shards.num_samples, "source": shards.manifest.source, **bad},
             "judged": {
                 "checkpoint": name,
                 "weights": files["model.safetensors"]["sha256"],

@@ -118,7 +118,8 @@ def make_plan(table: Table, folder: Path, options: Options) -> Plan:
     """
     seeds = range(options.seeds if options.seeds is not None else table.seeds)
     configs: dict[tuple[str, str], tuple[tuple[str, ...], Config]] = {}
-    problems, sets = {}, set()
+    problems: dict[tuple[str, str], ConfigError] = {}
+    sets: dict[tuple[str, str], str] = {}  # what the data set of each is called
     for cell in table.cells:
         for arm in table.arms:
             try:
@@ -127,16 +128,17 @@ def make_plan(table: Table, folder: Path, options: Options) -> Plan:
                 problems[cell, arm] = error
                 continue
             configs[cell, arm] = overrides, config
-            sets.add(name)
-    unused = [name for name in options.data if name and name not in sets]
-    if unused and sets:
-        raise ConfigError(f"--data {unused[0]}={options.data[unused[0]]}: this table reads {', '.join(sorted(sets))}")
-    shared = _shared(table, folder, configs)
-    first: dict[str, tuple[str, str]] = {}
+            sets[cell, arm] = name
+    read = sorted(set(sets.values()))
+    unused = [name for name in options.data if name and name not in read]
+    if unused and read:
+        raise ConfigError(f"--data {unused[0]}={options.data[unused[0]]}: this table reads {', '.join(read)}")
+    shared = _shared(table, folder, configs, sets)
+    first: dict[tuple[str, str], tuple[str, str]] = {}  # by data set too: a key does not know where data lie
     runs: dict[tuple[str, str, int], PlannedRun] = {}
     for (cell, arm), (overrides, config) in configs.items():
-        home = first.setdefault(training_key(config), (cell, arm))
-        beginning = shared.get(_beginning(config))
+        home = first.setdefault((sets[cell, arm], training_key(config)), (cell, arm))
+        beginning = shared.get((sets[cell, arm], _beginning(config)))
         for seed in seeds:
             parent = None if beginning is None else _seeded(*beginning, seed)
             own = (*overrides, *([] if parent is None else [f"start_from={parent.folder}"]))
@@ -175,26 +177,29 @@ def scaled(epochs: int, before: int, scale: float) -> tuple[int, int]:
 
 
 def _shared(
-    table: Table, folder: Path, configs: Mapping[tuple[str, str], tuple[tuple[str, ...], Config]]
-) -> dict[str, tuple[Path, str, Path, tuple[str, ...], Config]]:
-    """What trains the beginning of several runs, by `_beginning`: all of `_seeded` but the seed."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    distinct: set[str] = set()
+    table: Table,
+    folder: Path,
+    configs: Mapping[tuple[str, str], tuple[tuple[str, ...], Config]],
+    sets: Mapping[tuple[str, str], str],
+) -> dict[tuple[str, str], tuple[Path, str, Path, tuple[str, ...], Config]]:
+    """What trains the beginning of several runs, by data set and `_beginning`: all of `_seeded` but the seed."""
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    distinct: set[tuple[str, str]] = set()
     for where, (_, config) in configs.items():
-        digest = training_key(config)
+        digest = sets[where], training_key(config)
         if digest not in distinct:  # the same run again shares nothing
             distinct.add(digest)
-            groups.setdefault(_beginning(config), []).append(where)
+            groups.setdefault((sets[where], _beginning(config)), []).append(where)
     found, taken = {}, set()
     for key, members in groups.items():
         configured = [configs[where] for where in members]
-        epochs = {config.pretrain_epochs for _, config in configured if config.pretrain_epochs < config.epochs}
-        if not key or len(members) < 2 or not epochs:
+        parts = any(config.pretrain_epochs < config.epochs for _, config in configured)
+        if not key[1] or len(members) < 2 or not parts:
             continue
         cell, arm = members[0]
         place = PRETRAIN if (cell, PRETRAIN) not in taken else f"{PRETRAIN}-{arm}"
         taken.add((cell, place))
-        count = min(epochs)
+        count = min(config.pretrain_epochs for _, config in configured)
         overrides = (*configured[0][0], f"epochs={count}", f"pretrain_epochs={count}")
         config = dataclasses.replace(configured[0][1], epochs=count, pretrain_epochs=count)
         found[key] = (folder / cell / place, f"{cell}/{place}", table.config_of(cell), overrides, config)

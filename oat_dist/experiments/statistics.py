@@ -12,6 +12,9 @@ from scipy import stats
 __all__ = ["Mean", "mean_of", "paired", "verdict"]
 
 
+_NOTHING = 1e-9  # percentages that are equal differ by so little once they have been subtracted
+
+
 @dataclass(frozen=True)
 class Mean:
     """Of `count` numbers, with the 95 % interval of Student's t; None for one number, or where all are equal: there
@@ -28,7 +31,7 @@ def mean_of(values: Sequence[float]) -> Mean | None:
         return None
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    if spread == 0.0:
+    if spread < _NOTHING:
         return Mean(len(values), mean, None)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
     return Mean(len(values), mean, (mean - half, mean + half))

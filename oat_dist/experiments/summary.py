@@ -120,11 +120,10 @@ def _row(plan: Plan, results: Results, cell: str, arm: str, checkpoint: str) -> 
     protocol = _own_protocol(table.arms[arm], [(judged[seed], of_seed[seed].protocol) for seed in judged], arm)
     scores = {}
     if judged and not diverged:  # a mean of those that went well would say too much
-        base = {
-            seed: (results[cell, table.baseline, seed], one.checkpoints[checkpoint])
-            for seed in judged
-            if (one := results.get((cell, table.baseline, seed))) is not None and one.diverged is None
-        }
+        of_base = {seed: one for seed in judged if (one := results.get((cell, table.baseline, seed))) is not None}
+        if any(one.diverged is not None for one in of_base.values()):
+            of_base = {}  # the same holds of what it is compared with
+        base = {seed: (one, one.checkpoints[checkpoint]) for seed, one in of_base.items()}
         base_own = _own_protocol(
             table.arms[table.baseline], [(one, result.protocol) for result, one in base.values()], table.baseline
         )

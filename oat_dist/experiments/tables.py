@@ -24,6 +24,11 @@ __all__ = ["MEASURES", "PRETRAIN", "Arm", "Cell", "Table", "find_table", "read_t
 FOLDERS = ("configs/paper", "configs/studies")
 PHASES = ("oat", "pretrain")
 MEASURES = ("accuracy", "balanced")
+# Under which an arm can be judged, by its phases. Whether `balanced` and `ordinary` are there depends on the data.
+PROTOCOLS = {
+    "oat": ("argmax", "batch", "single", "dataset", "stored", "balanced", "ordinary"),
+    "pretrain": ("argmax", "balanced", "ordinary"),
+}
 PRETRAIN = "pretrain"  # the folder of the epochs that arms share
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", re.ASCII)  # names become folders
 
@@ -160,6 +165,8 @@ def read_table(path: Path) -> Table:
     _one_of(f"{path}: measure", table.measure, MEASURES)
     for name, arm in table.arms.items():
         _one_of(f"{path}: arms.{name}.phases", arm.phases, PHASES)
+        if arm.protocol is not None:
+            _one_of(f"{path}: arms.{name}.protocol", arm.protocol, PROTOCOLS[arm.phases])
     named = {"baseline": [table.baseline], "gallery": [table.gallery] if table.gallery else []}
     named["compare"] = [*table.compare, *table.compare.values()]
     for name, cell in table.cells.items():

@@ -37,3 +37,5 @@ def test_a_verdict_says_no_more_than_the_interval() -> None:
     assert verdict(mean_of([0.5])) == "one seed: no interval"
     assert verdict(mean_of([0.5, 0.5])) == "the same in every seed: no interval"
     assert verdict(mean_of([])) == ""
+    same = paired({0: 60.1, 1: 70.3, 2: 60.7}, {0: 60.0, 1: 70.2, 2: 60.6})  # 0.1 each time, but for rounding
+    assert verdict(same) == "the same in every seed: no interval"

@@ -62,6 +62,26 @@ def test_arms_share_what_they_begin_with(tmp_path: Path) -> None:
     assert plan.runs["none", "oat", 0].parent is None
 
 
+def test_runs_on_other_images_are_other_runs(tmp_path: Path) -> None:
+    cells = "  short: {title: short}\n  other: {title: other, set: [data.path=packed/other]}\n"
+    plan = planned(tmp_path, TABLE[: TABLE.index("  short")] + cells, seeds=1)
+    for arm in ("cross_entropy", "oat"):
+        ours, theirs = plan.runs["short", arm, 0], plan.runs["other", arm, 0]
+        assert ours.parent is not None and theirs.parent is not None
+        assert theirs.folder == Path(f"out/other/{arm}/0") and theirs.parent.folder == Path("out/other/pretrain/0")
+        assert ours.folder == Path(f"out/short/{arm}/0") and ours.parent.folder == Path("out/short/pretrain/0")
+    assert plan.runs["other", "oat_single", 0] == plan.runs["other", "oat", 0]
+
+
+def test_the_shared_beginning_is_no_longer_than_any_arm(tmp_path: Path) -> None:
+    plan = planned(
+        tmp_path, TABLE.replace("phases: pretrain", "phases: pretrain, set: [epochs=1, pretrain_epochs=1]"), seeds=1
+    )
+    for arm in ("cross_entropy", "oat"):
+        beginning = plan.runs["short", arm, 0].parent
+        assert beginning is not None and beginning.config.epochs == 1
+
+
 def test_what_is_chosen_does_not_move_a_folder(tmp_path: Path) -> None:
     plan = planned(tmp_path, seeds=1)
     chosen = [run.name for run in plan.chosen(["long"], None)]
@@ -116,6 +136,8 @@ def test_data_is_found_by_name(tmp_path: Path) -> None:
         ("select: val", "selekt: val", "unknown key 'selekt'; did you mean select?"),
         ("phases: pretrain", "phase: pretrain", "unknown key 'arms.cross_entropy.phase'; did you mean arms."),
         ("phases: pretrain", "phases: oats", "'oats' is not one of oat, pretrain; did you mean oat?"),
+        ("protocol: single", "protocol: singel", "'singel' is not one of argmax, batch, single"),
+        ("phases: pretrain", "phases: pretrain, protocol: batch", "'batch' is not one of argmax, balanced, ordinary"),
         ("baseline: cross_entropy", "baseline: cross", "'cross' is not one of cross_entropy, oat"),
         ("baseline: cross_entropy\n", "", "baseline is missing"),
         ("title: Small\n", "", "title is missing"),
@@ -151,6 +173,7 @@ def test_unknown_names_are_refused_with_the_nearest(capsys: pytest.CaptureFixtur
         (["tabel4"], "tabel4: no such table; did you mean table4?"),
         (["table4", "--only", "lightwight"], "did you mean lightweight?"),
         (["table4", "--arms", "oats"], "did you mean oat?"),
+        (["table4", "--arms", ","], "--arms names nothing; there are cross_entropy, oat"),
         (["nowhere.yaml"], "nowhere.yaml: no such table file"),
         (["table4", "--data", "a=b", "a=c"], "--data a=c: give one PLACE"),
         ([], "name a table"),

@@ -18,7 +18,9 @@ from oat_dist.commands.report import main
 from oat_dist.errors import DataError
 from oat_dist.report import write_report
 from oat_dist.report.data import flatten, wilson
+from oat_dist.report.drawing import key, protocol_look
 from oat_dist.report.figures import accuracy_png, smooth
+from oat_dist.report.metrics import PROTOCOLS as EVERY_PROTOCOL
 from oat_dist.report.metrics import read_metrics
 
 HOSTILE = ["airplane", "<script>alert(1)</script>", 'quo"te & <b>', "naïve 猫", "\ud800 lone"]
@@ -360,6 +362,12 @@ def test_wilson_against_known_values() -> None:
     for (correct, total), bounds in known.items():
         assert wilson(correct, total) == pytest.approx(bounds, abs=5e-5)
     assert wilson(20, 20)[1] == 1.0
+
+
+def test_every_protocol_has_a_look_that_the_key_can_draw() -> None:
+    looks = [protocol_look(name) for name in EVERY_PROTOCOL]
+    assert len(set(looks)) == len(EVERY_PROTOCOL)
+    assert key([(look, "x") for look in looks]).count("<li>") == len(EVERY_PROTOCOL)
 
 
 def test_small_parts() -> None:
