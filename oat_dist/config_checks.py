@@ -89,6 +89,7 @@ def check(config: Config) -> None:
         ("optim.step_epochs", optim.step_epochs),
         ("optim.step_gamma", optim.step_gamma),
         ("optim.head_lr_scale", optim.head_lr_scale),
+        ("optim.oat_lr_scale", optim.oat_lr_scale),
         ("engine.timeout_minutes", engine.timeout_minutes),
         ("job.check_seconds", config.job.check_seconds),
     ):

@@ -100,6 +100,7 @@ class OptimConfig:
     ema: float | None = _key(
         None, "decay, such as 0.999, of a moving average of the weights: evaluated, saved as model"
     )
+    oat_lr_scale: float = _key(1.0, "the OAT epochs learn at this many times the learning rate")
     head_lr_scale: float = _key(1.0, "the last layer learns at this many times the learning rate")
 
 

@@ -62,6 +62,7 @@ class Schedule:
 
     `kind` is "constant", "cosine" (from `lr` to `final_lr` over the steps after warm-up) or "step" (times `gamma`
     every `step_length` steps). During the first `warmup` steps the rate rises linearly from lr/(warmup + 1).
+    From step `switch` on all of it is times `later_scale`: the OAT epochs may need another rate.
     """
 
     kind: str
@@ -71,12 +72,17 @@ class Schedule:
     step_length: int = 1
     gamma: float = 0.1
     final_lr: float = 0.0
+    switch: int = 0
+    later_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ConfigError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, not {self.kind!r}")
 
     def __call__(self, step: int) -> float:
+        return self._scheduled(step) * (self.later_scale if step >= self.switch else 1.0)
+
+    def _scheduled(self, step: int) -> float:
         if step < self.warmup:
             return self.lr * (step + 1) / (self.warmup + 1)
         if self.kind == "cosine":

@@ -21,7 +21,7 @@ __all__ = ["Origin", "find_origin"]
 # The order of the samples, and what the checkpoint is of.
 _MUST_BE_EQUAL = ("seed", "batch_size", "data.mode", "data.shuffle_shards", "model.name", "optim.name")
 # What does nothing in a cross-entropy epoch, or in training; a checkpoint takes the place of model.weights.
-_OF_OAT = ("anchor.", "pretrain_epochs")
+_OF_OAT = ("anchor.", "optim.oat_lr_scale", "pretrain_epochs")
 _NO_MATTER = (*_OF_OAT, "eval.", "data.eval_", "data.crop_fraction", "model.weights")
 # An accuracy that differs in one of these is no measure for this run's.
 _JUDGED_BY = ("eval.", "data.eval_", "data.crop_fraction", "optim.ema")

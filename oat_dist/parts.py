@@ -251,4 +251,6 @@ def learning_rate(config: Config, steps_per_epoch: int) -> Schedule:
         step_length=max(round(optim.step_epochs * steps_per_epoch), 1),
         gamma=optim.step_gamma,
         final_lr=optim.final_lr,
+        switch=config.pretrain_epochs * steps_per_epoch,
+        later_scale=optim.oat_lr_scale,
     )

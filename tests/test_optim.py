@@ -67,6 +67,12 @@ def test_epochs_become_steps() -> None:
     assert (schedule.total, schedule.warmup, schedule.step_length) == (4000, 0, 1200)
 
 
+def test_another_learning_rate_after_the_switch() -> None:
+    usual, other = Schedule("cosine", 0.1, 100), Schedule("cosine", 0.1, 100, switch=40, later_scale=10.0)
+    assert [other(step) for step in range(40)] == [usual(step) for step in range(40)]
+    assert [other(step) for step in range(40, 100)] == [10 * usual(step) for step in range(40, 100)]
+
+
 def test_stopping_early_does_not_bend_the_schedule() -> None:
     """A run that `max_steps` stops goes on later as if it had not stopped."""
     assert learning_rate(Config(max_steps=7), 40) == learning_rate(Config(), 40)

@@ -29,7 +29,7 @@ _OURS = ("seed", "output_dir", "start_from", "data.eval_split", "job.outcome_fil
 # What cross-entropy epochs do not know of. Not anchor.span: it decides who gets which samples of a batch.
 _LATER = (
     *("anchor.center", "anchor.scope", "anchor.group_size", "anchor.grad", "anchor.floor", "anchor.momentum"),
-    *("epochs", "pretrain_epochs"),
+    *("optim.oat_lr_scale", "epochs", "pretrain_epochs"),
 )
 
 
