@@ -190,6 +190,20 @@ def test_n_ranks_train_the_network_of_one(campaigns: dict[int, tuple[Path, Any]]
     assert float((other - one).norm() / (one - start).norm()) > 1e-3
 
 
+def test_a_balanced_network_says_what_it_was_balanced_against(runs: Path) -> None:
+    """Its card has what the protocols `ordinary` and `balanced` need; that of nearly even classes does not."""
+
+    def card(name: str) -> dict[str, Any]:
+        step = (runs / name / "checkpoints" / "latest").read_text().strip()
+        return json.loads((runs / name / "checkpoints" / step / "model.json").read_text())
+
+    found = card("ten-balanced")
+    assert (
+        found["adjusted"] == 1.0 and sum(found["class_shares"]) == pytest.approx(1) and len(found["class_shares"]) == 10
+    )
+    assert not {"adjusted", "class_shares"} & card("whole").keys()
+
+
 def test_groups_do_not_depend_on_accumulation(campaigns: dict[int, tuple[Path, Any]]) -> None:
     """The same anchor sets in one forward pass or in several: the same training."""
     start = initial_weights()

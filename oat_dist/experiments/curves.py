@@ -84,11 +84,13 @@ def _pieces(run: PlannedRun, protocol: str | None) -> dict[str, tuple[list[int],
         return {}
     for one in (run.parent, run):
         try:
-            metrics = None if one is None else read_metrics(one.folder / METRICS_NAME)
+            metrics = read_metrics(one.folder / METRICS_NAME) if one is not None else None
         except DataError:
             continue
-        for row in [] if metrics is None else metrics.validation:
-            own = "argmax" if "argmax" in metrics.protocols and row.phase == "cross_entropy" else protocol  # type: ignore[union-attr]
+        if metrics is None:
+            continue
+        for row in metrics.validation:
+            own = "argmax" if "argmax" in metrics.protocols and row.phase == "cross_entropy" else protocol
             if row.protocol == (own or run.config.eval.protocol):
                 rows[row.step] = row
     found: dict[str, tuple[list[int], list[float]]] = {}

@@ -73,11 +73,8 @@ def read_result(run: PlannedRun, table: Table) -> Result | None:
         return None
     try:
         if raw["diverged"] is not None:
-            return (
-                Result(str(raw["diverged"]), {}, "", None, None, raw)
-                if _is_here(run, table, raw.get("data", {}))
-                else None
-            )
+            here = _is_here(run, table, raw.get("data", {}))
+            return Result(str(raw["diverged"]), {}, "", None, None, raw) if here else None
         found = {str(name): _judged(one) for name, one in raw["checkpoints"].items()}
         times = [None if raw[key] is None else float(raw[key]) for key in ("epoch_seconds", "test_seconds")]
         of_now = all(_weights(run, one["checkpoint"]) in ("", one["weights"]) for one in raw["checkpoints"].values())

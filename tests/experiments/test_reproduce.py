@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import threading
@@ -36,6 +37,7 @@ arms:
   oat_single: {title: OAT single, protocol: single, control: true}
   wild: {title: too fast, phases: pretrain, control: true, set: [optim.lr=1e30]}
 baseline: cross_entropy
+compare: {oat_single: oat}
 cells:
   digits: {title: digits, arms: [cross_entropy, oat, oat_single], paper: {cross_entropy: 50.0}}
 differs: [digits are no photos]
@@ -134,6 +136,15 @@ def test_the_table_says_it_in_every_form(desk: Desk) -> None:
     assert rows["oat_single", "final"]["protocols"]["single"] == rows["oat", "final"]["protocols"]["single"]
 
     text = (desk.folder / "table.md").read_text()
+    found = re.search(r"^\| OAT single minus OAT \| last \| single - batch \| ([+-][0-9.]+)", text, re.MULTILINE)
+    rows = {
+        (row["arm"], row["checkpoint"]): row for row in json.loads((desk.folder / "table.json").read_text())["rows"]
+    }
+    single, batch = (
+        rows[arm, "final"]["protocols"][name] for arm, name in (("oat_single", "single"), ("oat", "batch"))
+    )
+    differences = [single["by_seed"][seed] - batch["by_seed"][seed] for seed in ("0", "1")]
+    assert found is not None and float(found[1]) == pytest.approx(statistics.fmean(differences), abs=0.0051)
     assert f"| OAT | last | batch | 2 | {ours['mean']['mean']:.2f} |" in text
     best = rows["cross_entropy", "best"]["protocols"]["argmax"]["mean"]["mean"]
     assert f"| cross-entropy | best on val | argmax | 2 | {best:.2f} |" in text
