@@ -47,6 +47,8 @@ def content_of(
     if len(cells) == 1 and len(table.cells) > 1:
         about.append(f"Of its {len(table.cells)} cells: {table.cells[next(iter(cells))].title}.")
     grids = [_main(plan, rows)]
+    if any("balanced" in row.scores for row in rows):
+        grids.append(_priors(plan, rows))
     if (compared := _compared(plan, rows)).rows:
         grids.append(compared)
     if any(row.scores for row in rows):
@@ -98,22 +100,55 @@ def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
     return Grid("Accuracy", head, lines, notes)
 
 
+def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
+    """Where classes were not equally frequent in training: every arm under both class priors of the test."""
+    base, name = plan.table.arms[plan.table.baseline].title, _namer(plan, rows)
+    what = "balanced accuracy" if plan.table.measure == "balanced" else "accuracy"
+    head = ["", "Epoch", "Protocol"]
+    for prior in ("Prior of training", "Balanced prior"):
+        head += [f"{prior}: {what} %#", f"minus {base}, paired#", "Shown?"]
+    lines = []
+    for row in rows:
+        if not row.scores:
+            continue
+        # An arm trained for the balanced prior (logit adjustment, class weights) is its own answer under that one.
+        ordinary = "ordinary" if "ordinary" in row.scores else row.protocol
+        line = [name(row.cell, row.arm), _epoch(plan, row), ordinary]
+        for protocol in (ordinary, "balanced"):
+            score = row.scores.get(protocol)
+            difference = None if score is None else score.difference
+            line += [interval(None if score is None else score.mean), interval(difference, signed=True)]
+            line.append("" if score is None else verdict(difference))
+        lines.append(line)
+    notes = [
+        "Each network is asked under the class prior of training, and for equally frequent classes (`balanced`); "
+        f"it is compared with {base} asked the same."
+    ]
+    return Grid("Under each class prior", head, lines, notes)
+
+
 def _compared(plan: Plan, rows: Sequence[Row]) -> Grid:
-    """The differences that the file asks for besides those to the baseline, each arm under its own protocol."""
+    """The differences that the file asks for besides those to the baseline.
+
+    Each arm under its own protocol, and under `balanced` where both have it.
+    """
     found, name = {(row.cell, row.arm, row.checkpoint): row for row in rows}, _namer(plan, rows)
     lines = []
     for row in rows:
         other = found.get((row.cell, plan.table.compare.get(row.arm, ""), row.checkpoint))
-        if row.score is None or other is None or other.score is None:
+        if other is None:
             continue
-        difference = paired(row.score.values, other.score.values)
         arm = plan.table.arms[other.arm].title
-        lines.append(
-            [
-                *(f"{name(row.cell, row.arm)} minus {arm}", _epoch(plan, row), f"{row.protocol} - {other.protocol}"),
-                *(interval(difference, signed=True), verdict(difference)),
-            ]
-        )
+        for mine, theirs in dict.fromkeys([(row.protocol, other.protocol), ("balanced", "balanced")]):
+            if mine not in row.scores or theirs not in other.scores:
+                continue
+            difference = paired(row.scores[mine].values, other.scores[theirs].values)
+            lines.append(
+                [
+                    *(f"{name(row.cell, row.arm)} minus {arm}", _epoch(plan, row), f"{mine} - {theirs}"),
+                    *(interval(difference, signed=True), verdict(difference)),
+                ]
+            )
     return Grid("Other differences", ["", "Epoch", "Protocols", "Difference, paired#", "Shown?"], lines, [])
 
 
