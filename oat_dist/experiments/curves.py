@@ -53,11 +53,12 @@ class Line:
         mean, found = self.mean(), []
         points = sum(len(epochs) for epochs, _ in mean.values())
         for phase, (epochs, values) in mean.items():
-            line, window = smooth(values, ACCURACY_PART, points)
+            ends = phase == list(mean)[-1]
+            line, window = smooth(values, ACCURACY_PART, points, ends=ends)
             each = []
             for seed in self.seeds:
                 of_seed = dict(zip(*seed[phase], strict=True))
-                each.append(smooth([of_seed[epoch] for epoch in epochs], ACCURACY_PART, points)[0])
+                each.append(smooth([of_seed[epoch] for epoch in epochs], ACCURACY_PART, points, ends=ends)[0])
             found.append((epochs, line, each, window))
         return found
 

@@ -105,19 +105,21 @@ def protocol_look(protocol: str) -> Look:
     return _PROTOCOLS.get(protocol, Look(SERIES[2], ":", "X"))
 
 
-def smooth(values: Sequence[float], part: int = 40, points: int = 0) -> tuple[np.ndarray, int]:
+def smooth(values: Sequence[float], part: int = 40, points: int = 0, *, ends: bool = True) -> tuple[np.ndarray, int]:
     """Centred running mean over about a `part`-th of a curve of so many `points`, and its window (1: none).
 
     `values` may be a piece of the curve; with points=0 they are all of it. The window, always odd, is
     1 + 2 * (points // (2 * part)), but no longer than the values. Towards the start it shrinks, on both sides alike: a
-    steep start stays where it is. Towards the end the mean runs over the part of the window that exists.
+    steep start stays where it is. Towards the end the mean runs over the part of the window that exists. Where another
+    piece follows (`ends` is false), it shrinks there too.
     """
     array = np.asarray(values, dtype=np.float64)
     half = min((points or len(array)) // (2 * part), (len(array) - 1) // 2)
     if half < 1:
         return array, 1
     start = [array[: 2 * i + 1].mean() for i in range(half)]
-    end = [array[i - half :].mean() for i in range(len(array) - half, len(array))]
+    last = len(array) - 1
+    end = [array[i - (half if ends else last - i) :].mean() for i in range(len(array) - half, len(array))]
     window = 1 + 2 * half
     return np.concatenate([start, np.convolve(array, np.full(window, 1 / window), "valid"), end]), window
 

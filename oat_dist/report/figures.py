@@ -73,7 +73,9 @@ class Curve:
     def smoothed(self) -> list[tuple[np.ndarray, int]]:
         """The running mean of each piece, and its window."""
         points = self.points or sum(len(y) for _, y in self.pieces)
-        return [smooth(y, self.part, points) for _, y in self.pieces]
+        return [
+            smooth(y, self.part, points, ends=piece == len(self.pieces)) for piece, (_, y) in enumerate(self.pieces, 1)
+        ]
 
 
 @dataclass(frozen=True)

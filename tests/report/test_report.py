@@ -379,4 +379,5 @@ def test_small_parts() -> None:
     mean, window = smooth([float(k) for k in range(200)], part=10)
     assert window == 21 and mean[:190] == pytest.approx(range(190))  # nor a lift at a steep start
     assert mean[-1] == pytest.approx(194)  # of the last 11
+    assert smooth(range(200), part=10, ends=False)[0] == pytest.approx(range(200))  # nor a droop where a piece follows
     assert smooth([1.0, 5.0], part=10)[1] == 1 and list(smooth([1.0, 5.0], part=10)[0]) == [1.0, 5.0]
