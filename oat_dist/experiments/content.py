@@ -154,15 +154,18 @@ def _compared(plan: Plan, rows: Sequence[Row]) -> Grid:
 
 def _protocols(plan: Plan, rows: Sequence[Row]) -> Grid:
     base, name = plan.table.arms[plan.table.baseline].title, _namer(plan, rows)
-    head = ["", "Epoch", "Protocol", "Accuracy %#", "Balanced accuracy %#", f"Minus {base}, paired#", "Its protocol"]
+    head = ["", "Epoch", "Protocol", "Accuracy %#", "Balanced accuracy %#", "Minus its own protocol, paired#"]
+    head += [f"Minus {base}, paired#", f"Protocol of {base}"]
     lines = []
     for row in rows:
         for protocol, score in row.scores.items():
+            first = row.score if protocol != row.protocol else None
+            within = None if first is None else paired(score.values, first.values)
             lines.append(
                 [
                     *(name(row.cell, row.arm), _epoch(plan, row), protocol),
-                    *(interval(score.accuracy), interval(score.balanced), interval(score.difference, signed=True)),
-                    score.against if score.difference else "",
+                    *(interval(score.accuracy), interval(score.balanced), interval(within, signed=True)),
+                    *(interval(score.difference, signed=True), score.against if score.difference else ""),
                 ]
             )
     return Grid("Every protocol", head, lines, [])

@@ -147,6 +147,8 @@ def test_the_table_says_it_in_every_form(desk: Desk) -> None:
     assert f"| OAT | last | batch | 2 | {ours['mean']['mean']:.2f} (" in text
     best = rows["cross_entropy", "best"]["protocols"]["argmax"]["mean"]["mean"]
     assert f"| cross-entropy | best on val | argmax | 2 | {best:.2f} (" in text
+    within = re.search(r"^\| OAT \| last \| single (?:\| [^|]* ){2}\| ([+-][0-9.]+)", text, re.MULTILINE)
+    assert within is not None and float(within[1]) == pytest.approx(statistics.fmean(differences), abs=0.0051)
     assert "| 50.000 |" in text and ours["verdict"] in text
     for said in (
         "Digits are no photos.",
