@@ -111,8 +111,9 @@ def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
     for row in rows:
         if not row.scores:
             continue
-        # An arm trained for the balanced prior (logit adjustment, class weights) is its own answer under that one.
-        ordinary = "ordinary" if "ordinary" in row.scores else row.protocol
+        # An arm trained for the balanced prior (logit adjustment, class weights) answers for that one by itself; the
+        # anchor of test images (batch) knows of their classes, the stored one only of those of training.
+        ordinary = next(one for one in ("ordinary", "stored", row.protocol) if one in row.scores)
         line = [name(row.cell, row.arm), _epoch(plan, row), ordinary]
         for protocol in (ordinary, "balanced"):
             score = row.scores.get(protocol)
@@ -122,7 +123,8 @@ def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
         lines.append(line)
     notes = [
         "Each network is asked under the class prior of training, and for equally frequent classes (`balanced`); "
-        f"it is compared with {base} asked the same."
+        f"it is compared with {base} asked the same. The prior of training is that of the stored anchor: an anchor of "
+        "test images (batch, dataset) tells of the classes in the test."
     ]
     return Grid("Under each class prior", head, lines, notes)
 
