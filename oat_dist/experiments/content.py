@@ -61,7 +61,7 @@ def content_of(
 def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
     table, name = plan.table, _namer(plan, rows)
     base = table.arms[table.baseline].title
-    what = "balanced accuracy" if table.measure == "balanced" else "accuracy"
+    what = _measure(plan)
     head = [
         "",
         "Epoch",
@@ -103,7 +103,7 @@ def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
 def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
     """Where classes were not equally frequent in training: every arm under both class priors of the test."""
     base, name = plan.table.arms[plan.table.baseline].title, _namer(plan, rows)
-    what = "balanced accuracy" if plan.table.measure == "balanced" else "accuracy"
+    what = _measure(plan)
     head = ["", "Epoch", "Protocol"]
     for prior in ("Prior of training", "Balanced prior"):
         head += [f"{prior}: {what} %#", f"minus {base}, paired#", "Shown?"]
@@ -132,7 +132,7 @@ def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
 def _compared(plan: Plan, rows: Sequence[Row]) -> Grid:
     """The differences that the file asks for besides those to the baseline.
 
-    Each arm under its own protocol, and under `balanced` where both have it.
+    Each arm under its own protocol, and under `stored` and `balanced` where both have it.
     """
     found, name = {(row.cell, row.arm, row.checkpoint): row for row in rows}, _namer(plan, rows)
     lines = []
@@ -141,7 +141,8 @@ def _compared(plan: Plan, rows: Sequence[Row]) -> Grid:
         if other is None:
             continue
         arm = plan.table.arms[other.arm].title
-        for mine, theirs in dict.fromkeys([(row.protocol, other.protocol), ("balanced", "balanced")]):
+        alike = [("stored", "stored"), ("balanced", "balanced")]
+        for mine, theirs in dict.fromkeys([(row.protocol, other.protocol), *alike]):
             if mine not in row.scores or theirs not in other.scores:
                 continue
             difference = paired(row.scores[mine].values, other.scores[theirs].values)
@@ -261,6 +262,10 @@ def _namer(plan: Plan, rows: Sequence[Row | Times]) -> Callable[[str, str], str]
     if len({row.cell for row in rows}) == 1:
         return lambda _, arm: plan.table.arms[arm].title
     return lambda cell, arm: f"{plan.table.cells[cell].title}: {plan.table.arms[arm].title}"
+
+
+def _measure(plan: Plan) -> str:
+    return "balanced accuracy" if plan.table.measure == "balanced" else "accuracy"
 
 
 def _epoch(plan: Plan, row: Row) -> str:
