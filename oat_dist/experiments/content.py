@@ -103,10 +103,9 @@ def _main(plan: Plan, rows: Sequence[Row]) -> Grid:
 def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
     """Where classes were not equally frequent in training: every arm under both class priors of the test."""
     base, name = plan.table.arms[plan.table.baseline].title, _namer(plan, rows)
-    what = _measure(plan)
     head = ["", "Epoch", "Protocol"]
     for prior in ("Prior of training", "Balanced prior"):
-        head += [f"{prior}: {what} %#", f"minus {base}, paired#", "Shown?"]
+        head += [f"{prior}, %#", f"minus {base}#"]
     lines = []
     for row in rows:
         if not row.scores:
@@ -119,11 +118,10 @@ def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
             score = row.scores.get(protocol)
             difference = None if score is None else score.difference
             line += [interval(None if score is None else score.mean), interval(difference, signed=True)]
-            line.append("" if score is None else verdict(difference))
         lines.append(line)
     notes = [
-        "Each network is asked under the class prior of training, and for equally frequent classes (`balanced`); "
-        f"it is compared with {base} asked the same. The prior of training is that of the stored anchor: an anchor of "
+        f"{_capital(_measure(plan))}, differences paired. Each network is asked under the class prior of training, and for "
+        f"equally frequent classes (`balanced`); it is compared with {base} asked the same. The prior of training is that of the stored anchor: an anchor of "
         "test images (batch, dataset) tells of the classes in the test."
     ]
     return Grid("Under each class prior", head, lines, notes)
