@@ -121,8 +121,8 @@ def _priors(plan: Plan, rows: Sequence[Row]) -> Grid:
         lines.append(line)
     notes = [
         f"{_capital(_measure(plan))}, differences paired. Each network is asked under the class prior of training, and "
-        f"for equally frequent classes (`balanced`); it is compared with {base} asked the same. The prior of training is "
-        "that of the stored anchor: an anchor of test images (batch, dataset) tells of the classes in the test."
+        f"for equally frequent classes (`balanced`); it is compared with {base} asked the same. The prior of training "
+        "is that of the stored anchor: an anchor of test images (batch, dataset) tells of the classes in the test."
     ]
     return Grid("Under each class prior", head, lines, notes)
 
