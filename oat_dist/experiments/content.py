@@ -134,11 +134,12 @@ def _compared(plan: Plan, rows: Sequence[Row]) -> Grid:
     """
     found, name = {(row.cell, row.arm, row.checkpoint): row for row in rows}, _namer(plan, rows)
     lines = []
-    for row in rows:
-        other = found.get((row.cell, plan.table.compare.get(row.arm, ""), row.checkpoint))
+    asked = [(row, arm) for row in rows for arm in plan.table.compare.get(row.arm, ())]
+    for row, against in asked:
+        other = found.get((row.cell, against, row.checkpoint))
         if other is None:
             continue
-        arm = plan.table.arms[other.arm].title
+        arm = plan.table.arms[against].title
         alike = [("stored", "stored"), ("balanced", "balanced")]
         for mine, theirs in dict.fromkeys([(row.protocol, other.protocol), *alike]):
             if mine not in row.scores or theirs not in other.scores:

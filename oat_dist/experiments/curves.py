@@ -20,7 +20,7 @@ from oat_dist.report.drawing import ACCURACY_PART, WIDTH, drawing, numbered_look
 from oat_dist.report.html import Html
 from oat_dist.report.metrics import METRICS_NAME, Validation, read_metrics
 
-__all__ = ["Line", "figure_files", "lines_of", "page_figure"]
+__all__ = ["Line", "figure_files", "files_of", "lines_of", "page_figure"]
 
 _PNG_DPI = 150
 _FEW = 20  # points of a line up to which it has dots
@@ -112,15 +112,20 @@ def page_figure(lines: Sequence[Line], split: str, name: str) -> Html:
 
 def figure_files(lines: Sequence[Line], split: str, name: str) -> dict[str, bytes]:
     """The figure as files: their contents by ``svg`` and ``png``."""
-    found: dict[str, bytes] = {}
     with drawing(name):
         figure = _draw(lines, split, Figure(figsize=(1.5 * WIDTH, 4.2), layout="constrained", facecolor="white"))
         figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-        nothing: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        for kind, unsaid in (("svg", nothing), ("png", {"Software": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=_PNG_DPI, metadata=unsaid)
-            found[kind] = buffer.getvalue()
+        return files_of(figure)
+
+
+def files_of(figure: Figure) -> dict[str, bytes]:
+    """A figure as files, the same bytes each time: their contents by ``svg`` and ``png``."""
+    found: dict[str, bytes] = {}
+    nothing: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    for kind, unsaid in (("svg", nothing), ("png", {"Software": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=_PNG_DPI, metadata=unsaid)
+        found[kind] = buffer.getvalue()
     return found
 
 

@@ -18,7 +18,9 @@ from oat_dist.files import write_atomic
 from oat_dist.report.drawing import key, numbered_look
 from oat_dist.report.html import Html, contents, document, figure, join, section, table, tag
 
-__all__ = ["csv_text", "html_text", "json_text", "markdown_text", "write_changed"]
+__all__ = ["Drawn", "csv_text", "html_text", "json_text", "markdown_text", "write_changed"]
+
+Drawn = tuple[str, Html, Sequence[tuple[int, str]], str]  # title, drawing, entries of the key, caption
 
 
 def write_changed(path: Path, data: bytes | str) -> bool:
@@ -59,22 +61,15 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def html_text(
-    content: Content, figures: Sequence[tuple[str, Html, Sequence[tuple[int, str]], str]], links: Html
-) -> str:
-    """The table as one page; `figures` are title, drawing, entries of the key, caption."""
-    drawn = [
-        figure(
-            title, join([svg, key([(numbered_look(number), name) for number, name in entries])]), caption, class_="half"
-        )
-        for title, svg, entries, caption in figures
-    ]
+def html_text(content: Content, figures: Mapping[str, Sequence[Drawn]], links: Html) -> str:
+    """The table as one page; `figures` by the section they stand in."""
     sections = [
         section(grid.title, table(grid.head, grid.rows), *(tag("p", note, class_="note") for note in grid.notes))
         for grid in content.grids
     ]
-    if drawn:
-        sections.append(section("Curves", tag("div", join(drawn), class_="figures")))
+    for name, drawn in figures.items():
+        if drawn:
+            sections.append(section(name, tag("div", join(map(_figure, drawn)), class_="figures")))
     if links:
         sections.append(section("Images", links))
     sections.append(
@@ -83,6 +78,12 @@ def html_text(
     sections.append(section("Made by", tag("pre", content.command)))
     head = tag("header", join([tag("h1", content.title), *(tag("p", text) for text in content.about)]))
     return document(content.title, head, contents(sections), *sections)
+
+
+def _figure(drawn: Drawn) -> Html:
+    title, svg, entries, caption = drawn
+    looks = key([(numbered_look(number), name) for number, name in entries])
+    return figure(title, join([svg, looks]), caption, class_="half")
 
 
 def csv_text(plan: Plan, rows: Sequence[Row]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from oat_dist.data_parts import open_location
 from oat_dist.errors import DataError, OatError
 from oat_dist.experiments import output
+from oat_dist.experiments.across import across, across_files, across_page
 from oat_dist.experiments.content import content_of
 from oat_dist.experiments.curves import Line, figure_files, lines_of, page_figure
 from oat_dist.experiments.judge import Judge, read_result, write_diverged
@@ -127,7 +129,10 @@ def _write(request: Request) -> None:
     rows, times = rows_of(plan, results, pairs), times_of(plan, results, pairs)
     content = content_of(plan, request.options, results, rows, times, request.command)
     changed = output.write_changed(plan.folder / "table.json", output.json_text(plan, content, rows, times, results))
-    drawn, files = [], {}
+    compared, drawn, files = [], [], {}
+    for one in across(plan, rows):
+        compared.append((one.title, across_page(one), [(n, name) for name, n in one.arms.items()], _ACROSS))
+        files[one.title] = _save(request, one.name, changed, partial(across_files, one))
     for cell in plan.table.cells:
         lines = lines_of(plan, cell, [arm for where, arm in pairs if where == cell])
         if not lines:
@@ -137,15 +142,25 @@ def _write(request: Request) -> None:
         drawn.append(
             (title, page_figure(lines, split, name), [(one.number, one.label) for one in lines], _caption(lines, split))
         )
-        paths = {kind: plan.folder / f"{name}.{kind}" for kind in ("svg", "png")}
-        if changed or not all(path.exists() for path in paths.values()):
-            for kind, data in figure_files(lines, split, name).items():
-                output.write_changed(paths[kind], data)
-        files[title] = paths["svg"].name
+        files[title] = _save(request, name, changed, partial(figure_files, lines, split, name))
     links = _galleries(request, changed)
     output.write_changed(plan.folder / "table.md", output.markdown_text(content, files))
     output.write_changed(plan.folder / "table.csv", output.csv_text(plan, rows))
-    output.write_changed(plan.folder / "table.html", output.html_text(content, drawn, links))
+    output.write_changed(
+        plan.folder / "table.html", output.html_text(content, {"Differences": compared, "Curves": drawn}, links)
+    )
+
+
+_ACROSS = "Paired by seed, with 95 % intervals; shown where one does not hold zero."
+
+
+def _save(request: Request, name: str, changed: bool, draw: Callable[[], dict[str, bytes]]) -> str:
+    """Draw a figure into its files if they are not there or the table has changed; the name of its SVG."""
+    paths = {kind: request.plan.folder / f"{name}.{kind}" for kind in ("svg", "png")}
+    if changed or not all(path.exists() for path in paths.values()):
+        for kind, data in draw().items():
+            output.write_changed(paths[kind], data)
+    return paths["svg"].name
 
 
 def _caption(lines: Sequence[Line], split: str) -> str:

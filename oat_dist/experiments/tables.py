@@ -87,7 +87,7 @@ class Table:
         measure: accuracy, or balanced: the mean over classes of the accuracy of each.
         arms, cells: by name.
         baseline: the arm that the others are compared with.
-        compare: further comparisons, arm to arm.
+        compare: further comparisons: the arms that an arm is compared with besides.
         gallery: the arm whose images right against the baseline are shown; None: none are.
         differs: in what it is not the paper's experiment.
     """
@@ -104,7 +104,7 @@ class Table:
     seeds: int = 5
     measure: str = "accuracy"
     gallery: str | None = None
-    compare: dict[str, str] = field(default_factory=dict)
+    compare: dict[str, list[str]] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
 
     def config_of(self, cell: str) -> Path:
@@ -168,7 +168,7 @@ def read_table(path: Path) -> Table:
         if arm.protocol is not None:
             _one_of(f"{path}: arms.{name}.protocol", arm.protocol, PROTOCOLS[arm.phases])
     named = {"baseline": [table.baseline], "gallery": [table.gallery] if table.gallery else []}
-    named["compare"] = [*table.compare, *table.compare.values()]
+    named["compare"] = [*table.compare, *(other for others in table.compare.values() for other in others)]
     for name, cell in table.cells.items():
         if cell.config is None and table.config is None:
             raise ConfigError(f"{path}: cell {name} has no config, and neither has the table")

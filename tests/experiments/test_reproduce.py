@@ -37,7 +37,7 @@ arms:
   oat_single: {title: OAT single, protocol: single, control: true}
   wild: {title: too fast, phases: pretrain, control: true, set: [optim.lr=1e30]}
 baseline: cross_entropy
-compare: {oat_single: oat}
+compare: {oat_single: [oat]}
 cells:
   digits: {title: digits, arms: [cross_entropy, oat, oat_single], paper: {cross_entropy: 50.0}}
 differs: [digits are no photos]
@@ -179,6 +179,26 @@ def test_where_classes_are_uneven_both_class_priors_are_compared(desk: Desk) -> 
     equal = [one["balanced"]["mean"]["mean"] for one in (ours, theirs)]
     assert found == pytest.approx([stored, stored - argmax, equal[0], equal[0] - equal[1]], abs=0.0051)
     assert "| OAT single minus OAT | last | balanced - balanced | +0.00 |" in text
+
+
+def test_several_cells_are_drawn_side_by_side(desk: Desk, tmp_path: Path) -> None:
+    count, names = len(desk.started), ("digits", "again", "thrice")
+    table = tmp_path / desk.table.name  # of that name, so of the same results
+    cells = "".join(f"  {name}: {{title: {name} on a line}}\n" for name in names)
+    table.write_text(f"{TABLE[: TABLE.index('  digits:')]}{cells}")
+    arguments = [str(table), "--data", str(desk.data), "--output", str(desk.results)]
+    assert reproduce.main([*arguments, "--arms", "cross_entropy,oat,oat_single"]) == 0
+    assert len(desk.started) == count  # trained alike: one run for all three
+    page, text = ((desk.folder / f"table.{kind}").read_text() for kind in ("html", "md"))
+    for checkpoint in ("final", "best"):
+        drawn = (desk.folder / f"differences-{checkpoint}.svg").read_text()
+        assert all(f">{name} on a line<" in drawn for name in names)
+        assert "minus cross-entropy, percentage points" in drawn and ">OAT single<" in drawn
+        assert f"(differences-{checkpoint}.svg)" in text
+        assert (desk.folder / f"differences-{checkpoint}.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("Dot chart") == 2 and ">Differences<" in page
+    assert desk.run() == 0  # of one cell there is none
+    assert "Dot chart" not in (desk.folder / "table.html").read_text()
 
 
 def test_a_second_call_changes_nothing(desk: Desk) -> None:
