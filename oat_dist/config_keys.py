@@ -117,8 +117,12 @@ class AnchorConfig:
     scope: str = _key("device", f"whose batch the anchor is of: one of {', '.join(SCOPES)}")
     span: str = _key("micro", "micro: an anchor within a micro-batch; step: over the accumulation window (two passes)")
     group_size: int = _key(32, "samples an anchor set has with scope group")
-    grad: bool | None = _key(None, "gradient through the anchor; null: yes, but no for prior, controls, running means")
-    floor: float | None = _key(None, "eps of the anchor floor; null: 0, but 0.2/C for center prior")
+    grad: bool | None = _key(
+        None, "gradient through the anchor; null: yes, no for prior, controls, running means. logits: better false"
+    )
+    floor: float | None = _key(
+        None, "eps of the anchor floor; null: 0, but 0.2/C for center prior. logits: needs one, such as 0.2/C"
+    )
     momentum: float = _key(0.0, "of a running-mean anchor (scope global, no gradient); 0: the batch's own anchor")
 
 

@@ -43,9 +43,10 @@ def write_changed(path: Path, data: bytes | str) -> bool:
 def markdown_text(content: Content, figures: Mapping[str, str]) -> str:
     """The table as Markdown; `figures` are files beside it, by title."""
     parts = [f"# {content.title}", *content.about]
-    for grid in content.grids:
+    for number, grid in enumerate(content.grids):
         parts += [f"## {grid.title}", _grid_lines(grid), *grid.notes]
-    parts += [f"![{title}]({name})" for title, name in figures.items()]
+        if number == 0:  # what the figures show stands in the first table
+            parts += [f"![{title}]({name})" for title, name in figures.items()]
     parts += ["## What it is, and in what it differs", "\n".join(f"- {_escaped(note)}" for note in content.notes)]
     parts += ["## Made by", f"```\n{content.command}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -67,9 +68,11 @@ def html_text(content: Content, figures: Mapping[str, Sequence[Drawn]], links: H
         section(grid.title, table(grid.head, grid.rows), *(tag("p", note, class_="note") for note in grid.notes))
         for grid in content.grids
     ]
-    for name, drawn in figures.items():
-        if drawn:
-            sections.append(section(name, tag("div", join(map(_figure, drawn)), class_="figures")))
+    sections[1:1] = [
+        section(name, tag("div", join(map(_figure, drawn)), class_="figures"))
+        for name, drawn in figures.items()
+        if drawn
+    ]
     if links:
         sections.append(section("Images", links))
     sections.append(

@@ -50,7 +50,7 @@ def verdict(difference: Mean | None) -> str:
         return "one seed: no interval" if difference.count == 1 else "the same in every seed: no interval"
     low, high = difference.interval
     if low > 0:
-        return f"shown better by {low:.2f} to {high:.2f}"
+        return "shown better"
     if high < 0:
-        return f"shown worse by {-high:.2f} to {-low:.2f}"
+        return "shown worse"
     return "not shown"
