@@ -47,7 +47,8 @@ def content_of(
     if len(cells) == 1 and len(table.cells) > 1:
         about.append(f"Of its {len(table.cells)} cells: {table.cells[next(iter(cells))].title}.")
     grids = [_main(plan, rows)]
-    if any("balanced" in row.scores for row in rows):
+    # The center prior has that protocol on any set, its baseline only where classes are uneven.
+    if any("balanced" in row.scores for row in rows if row.arm == plan.table.baseline):
         grids.append(_priors(plan, rows))
     if (compared := _compared(plan, rows)).rows:
         grids.append(compared)
