@@ -1,10 +1,11 @@
-"""Differences across cells: every one that has a number is drawn, where it belongs."""
+"""What a table says and draws of its rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from oat_dist.experiments.across import across, across_files
+from oat_dist.experiments.content import content_of
 from oat_dist.experiments.plan import Options, make_plan
 from oat_dist.experiments.statistics import Mean
 from oat_dist.experiments.summary import Row, Score
@@ -38,3 +39,19 @@ def test_each_difference_stands_at_its_cell() -> None:
     files = across_files(figure)
     assert across_files(figure) == files  # the same bytes
     assert b">second<" in files["svg"] and files["png"].startswith(b"\x89PNG")
+
+
+def test_class_priors_are_compared_where_classes_were_uneven() -> None:
+    table = Table("Prior", ARMS, "base", {"a": Cell("a")}, config="configs/quickstart.yaml", seeds=2)
+    plan, score = make_plan(table, Path("out"), Options()), row("a", "one", "final", None).scores["batch"]
+
+    def titles(base: dict[str, Score]) -> list[str]:
+        ours = {"batch": score, "balanced": score}  # which the center prior has on any set
+        rows = [
+            Row("a", arm, "final", own, scores, [], [], None)
+            for arm, own, scores in (("base", "argmax", base), ("one", "batch", ours))
+        ]
+        return [grid.title for grid in content_of(plan, Options(), {}, rows, [], "").grids]
+
+    assert "Under each class prior" not in titles({"argmax": score})
+    assert "Under each class prior" in titles({"argmax": score, "balanced": score})
