@@ -118,7 +118,8 @@ class AnchorConfig:
     span: str = _key("micro", "micro: an anchor within a micro-batch; step: over the accumulation window (two passes)")
     group_size: int = _key(32, "samples an anchor set has with scope group")
     grad: bool | None = _key(
-        None, "gradient through the anchor; null: yes, no for prior, controls, running means. logits: better false"
+        None,
+        "gradient through the anchor; null: yes, but no for prior, controls, running means; false is better for logits",
     )
     floor: float | None = _key(
         None, "eps of the anchor floor; null: 0, but 0.2/C for center prior. logits: needs one, such as 0.2/C"

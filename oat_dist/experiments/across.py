@@ -17,7 +17,7 @@ from oat_dist.report.style import MUTED
 
 __all__ = ["Across", "across", "across_files", "across_page"]
 
-FEWEST = 3  # cells: the table itself shows two
+_FEWEST = 3  # cells: the table itself shows two
 _CELL = 0.38  # inches of height
 
 
@@ -30,7 +30,7 @@ class Across:
         title: what it is of.
         label: of its axis.
         cells: their titles.
-        arms: title and number of each; the number is that of its look.
+        arms: number, which is that of its look, and title of each.
         points: number of the cell, number of the arm, difference in percentage points.
     """
 
@@ -38,28 +38,28 @@ class Across:
     title: str
     label: str
     cells: list[str]
-    arms: dict[str, int]
+    arms: list[tuple[int, str]]
     points: list[tuple[int, int, Mean]]
 
 
 def across(plan: Plan, rows: Sequence[Row]) -> list[Across]:
     """The figures of a table; none where too few cells have differences."""
     table, found = plan.table, []
-    for checkpoint, title in (("final", "last epoch"), ("best", f"best epoch on {table.select}")):
+    for checkpoint, title in (("final", "Last epoch"), ("best", f"Best epoch on {table.select}")):
         mine = [
             (row, row.score.difference)
             for row in rows
             if row.checkpoint == checkpoint and row.score is not None and row.score.difference is not None
         ]
         cells = list(dict.fromkeys(row.cell for row, _ in mine))
-        if len(cells) < FEWEST:
+        if len(cells) < _FEWEST:
             continue
         numbers = {arm: number for number, arm in enumerate(table.arms)}
-        arms = {table.arms[row.arm].title: numbers[row.arm] for row, _ in mine}
+        arms = [(numbers[arm], table.arms[arm].title) for arm in dict.fromkeys(row.arm for row, _ in mine)]
         points = [(cells.index(row.cell), numbers[row.arm], difference) for row, difference in mine]
         label = f"minus {table.arms[table.baseline].title}, percentage points"
         titles = [table.cells[cell].title for cell in cells]
-        found.append(Across(f"differences-{checkpoint}", f"{title[0].upper()}{title[1:]}", label, titles, arms, points))
+        found.append(Across(f"differences-{checkpoint}", title, label, titles, arms, points))
     return found
 
 
@@ -69,7 +69,7 @@ def across_page(one: Across) -> Html:
         return to_svg(
             _draw(one, Figure(figsize=(WIDTH, 0.8 + _CELL * len(one.cells)))),
             one.name,
-            f"Dot chart: {one.label}, {one.title.lower()}",
+            f"Dot chart: {one.title}, {one.label}",
         )
 
 
@@ -86,7 +86,7 @@ def across_files(one: Across) -> dict[str, bytes]:
 def _draw(one: Across, figure: Figure) -> Figure:
     axes = figure.add_subplot(1, 1, 1)
     axes.axvline(0, color=MUTED, linewidth=1.1)
-    for place, (title, number) in enumerate(one.arms.items()):
+    for place, (number, title) in enumerate(one.arms):
         look = numbered_look(number)
         beside = 0.64 * ((place + 0.5) / len(one.arms) - 0.5)  # arms of a cell one below the other
         axes.plot([], [], color=look.colour, marker=look.marker, label=title)  # for the legend

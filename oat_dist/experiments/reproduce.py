@@ -131,7 +131,7 @@ def _write(request: Request) -> None:
     changed = output.write_changed(plan.folder / "table.json", output.json_text(plan, content, rows, times, results))
     compared, drawn, files = [], [], {}
     for one in across(plan, rows):
-        compared.append((one.title, across_page(one), [(n, name) for name, n in one.arms.items()], _ACROSS))
+        compared.append((one.title, across_page(one), one.arms, _ACROSS))
         files[one.title] = _save(request, one.name, changed, partial(across_files, one))
     for cell in plan.table.cells:
         lines = lines_of(plan, cell, [arm for where, arm in pairs if where == cell])

@@ -31,7 +31,7 @@ def test_each_difference_stands_at_its_cell() -> None:
     rows.append(Row("d", "one", "final", "batch", {}, [], [1], None))
     (figure,) = across(plan, rows)
     assert figure.name == "differences-final" and figure.title == "Last epoch"
-    assert figure.cells == ["cell a", "cell b", "cell c"] and figure.arms == {"first": 1, "second": 2}
+    assert figure.cells == ["cell a", "cell b", "cell c"] and figure.arms == [(1, "first"), (2, "second")]
     assert figure.points == [
         *((0, 1, shift["a"]), (1, 1, shift["b"]), (2, 1, shift["c"])),
         (1, 2, Mean(1, -1.0, None)),
